@@ -1,0 +1,52 @@
+"""Mend the prior of a variational autoencoder with noise contrastive priors."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Bernoulli": "ncprior.vaes",
+    "Categorical": "ncprior.vaes",
+    "FlatVAE": "ncprior.vaes",
+    "Gaussian": "ncprior.vaes",
+    "GaussianMixture": "ncprior.priors",
+    "ImageDataset": "ncprior.data",
+    "NoiseContrastivePrior": "ncprior.priors",
+    "Splits": "ncprior.data",
+    "build_vae": "ncprior.vaes",
+    "diagnose": "ncprior.diagnosis",
+    "draw": "ncprior.generation",
+    "evaluate": "ncprior.evaluation",
+    "fit_prior": "ncprior.training",
+    "generate": "ncprior.generation",
+    "load_data": "ncprior.data",
+    "load_vae": "ncprior.runs",
+    "train_vae": "ncprior.training",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used, so that the command line starts at once."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'ncprior' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from ncprior.data import ImageDataset, Splits, load_data
+    from ncprior.diagnosis import diagnose
+    from ncprior.evaluation import evaluate
+    from ncprior.generation import draw, generate
+    from ncprior.priors import GaussianMixture, NoiseContrastivePrior
+    from ncprior.runs import load_vae
+    from ncprior.training import fit_prior, train_vae
+    from ncprior.vaes import Bernoulli, Categorical, FlatVAE, Gaussian, build_vae

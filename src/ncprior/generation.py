@@ -1,0 +1,201 @@
+"""Draw images: from the base prior, from a noise contrastive prior, or from the aggregate posterior."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from ncprior.numerics import stream
+from ncprior.priors import NoiseContrastivePrior
+from ncprior.samplers import langevin, sir
+from ncprior.training.progress import progress_bar
+from ncprior.walk import Choose, Group, walk
+
+
+class Draws(NamedTuple):
+    """Generated images and how they came about."""
+
+    images: Tensor  # (n, c, h, w) in [0, 1], means of the likelihood, on the CPU
+    latents: list[Tensor]  # K tensors (n, *event), on the CPU
+    ess: Tensor  # (K, n), effective pool sizes of SIR; NaN where SIR was not used
+
+
+def generate(vae: Any, prior: NoiseContrastivePrior | None, num: int, **options: Any) -> Tensor:
+    """Images (num, c, h, w) in [0, 1]; the arguments are those of `draw`."""
+    return draw(vae, prior, num, **options).images
+
+
+@torch.no_grad()
+def draw(
+    vae: Any,
+    prior: NoiseContrastivePrior | None = None,
+    num: int = 64,
+    *,
+    sampler: str = "sir",
+    proposals: int = 5000,
+    temperature: float = 1.0,
+    steps: int = 200,
+    step_size: float = 0.05,
+    final_step_size: float | None = 0.005,
+    images: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = 500,
+    chunk: int | None = None,
+    progress: bool = False,
+) -> Draws:
+    """Draw latents by one walk and decode them. Draw i depends on `seed` and i alone.
+
+    Args:
+        vae: Any VAE that offers the walk; put into evaluation mode for the duration.
+        prior: The noise contrastive prior; None for the VAE's own.
+        num: Number of images.
+        sampler: "sir" or "langevin".
+        proposals: SIR's pool for each draw.
+        temperature: Factor on the standard deviation of the base prior.
+        steps: Langevin updates, from a draw of the base prior.
+        step_size: Langevin's first lambda.
+        final_step_size: Langevin's last; None for a constant one.
+        images: Images (m, c, h, w): draw from their aggregate posterior instead of a prior, which
+            gives reconstructions.
+        seed: Seed of everything drawn.
+        batch_size: Images at a time; it changes memory, not the images.
+        chunk: Proposals that SIR weighs at a time.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: an argument out of range, an unknown sampler, or a prior for another VAE.
+    """
+    _check(num=num, proposals=proposals, temperature=temperature, batch_size=batch_size)
+    if sampler not in SAMPLERS:
+        raise ValueError(f'sampler must be "sir" or "langevin", got {sampler!r}')
+    if prior is not None:
+        vae = prior.under(vae)
+    was_training = vae.training
+    vae.eval()
+    device = next(vae.parameters()).device
+    options = {
+        "proposals": proposals,
+        "chunk": chunk,
+        "steps": steps,
+        "step_size": step_size,
+        "final_step_size": final_step_size,
+    }
+    batches = []
+    with progress_bar("sampling", num, shown=progress) as bar:
+        for first in range(0, num, batch_size):
+            count = min(batch_size, num - first)
+            generators = [stream(seed, "draw", first + i, device) for i in range(count)]
+            batches.append(_batch(vae, prior, generators, sampler, temperature, images, options))
+            bar(first + count)
+    vae.train(was_training)
+    groups = range(vae.num_groups)
+    return Draws(
+        torch.cat([b.images for b in batches]),
+        [torch.cat([b.latents[k] for b in batches]) for k in groups],
+        torch.cat([b.ess for b in batches], 1),
+    )
+
+
+def _batch(
+    vae: Any,
+    prior: NoiseContrastivePrior | None,
+    generators: list[Generator],
+    sampler: str,
+    temperature: float,
+    images: Tensor | None,
+    options: dict[str, Any],
+) -> Draws:
+    ess: list[Tensor] = []
+    evidence = None
+    if images is not None:
+        device = generators[0].device
+        picks = [torch.randint(len(images), (), generator=g, device=device) for g in generators]
+        evidence = vae.encode(images[torch.stack(picks).cpu()].to(device))
+        choose = _rows_of(lambda group: group.posterior, generators)
+    elif prior is None:
+        choose = _rows_of(lambda group: group.prior.tempered(temperature), generators)
+    else:
+        choose = SAMPLERS[sampler](prior, generators, temperature, ess, **options)
+    walked = walk(vae, choose, len(generators), evidence)
+    unknown = torch.full((len(generators),), torch.nan)
+    sizes = ess or [unknown] * vae.num_groups
+    return Draws(
+        vae.emit(walked.state).mean.cpu(),
+        [z.cpu() for z in walked.latents],
+        torch.stack([size.cpu() for size in sizes]),
+    )
+
+
+def _rows_of(density: Callable[[Group], Any], generators: list[Generator]) -> Choose:
+    """Draw each row from its own generator."""
+
+    def choose(_: int, group: Group) -> Tensor:
+        rows = density(group)
+        return torch.stack([rows.row(i).sample((), generator=g) for i, g in enumerate(generators)])
+
+    return choose
+
+
+def _by_sir(
+    prior: NoiseContrastivePrior,
+    generators: list[Generator],
+    temperature: float,
+    ess: list[Tensor],
+    *,
+    proposals: int,
+    chunk: int | None,
+    **_: Any,
+) -> Choose:
+    def choose(k: int, group: Group) -> Tensor:
+        rows = group.prior.tempered(temperature)
+        found = sir(
+            lambda i, m, generator: rows.row(i).sample((m,), generator=generator),
+            lambda z, draws: prior.weight(k, group, z, draws),
+            len(generators),
+            proposals,
+            generator=generators,
+            chunk=chunk or getattr(prior.ratios[k], "chunk", 4096),
+        )
+        ess.append(found.ess)
+        return found.samples
+
+    return choose
+
+
+def _by_langevin(
+    prior: NoiseContrastivePrior,
+    generators: list[Generator],
+    temperature: float,
+    ess: list[Tensor],
+    *,
+    steps: int,
+    step_size: float,
+    final_step_size: float | None,
+    **_: Any,
+) -> Choose:
+    from_base = _rows_of(lambda group: group.prior.tempered(temperature), generators)
+
+    def choose(k: int, group: Group) -> Tensor:
+        rows = group.prior.tempered(temperature)
+        found = langevin(
+            lambda z: prior.log_ratio(k, z, group.context) + rows.log_prob(z),
+            from_base(k, group),
+            steps=steps,
+            step_size=step_size,
+            final_step_size=final_step_size,
+            generator=generators,
+            scale=getattr(rows, "scale", 1.0),
+        )
+        return found.samples
+
+    return choose
+
+
+SAMPLERS: dict[str, Callable[..., Choose]] = {"sir": _by_sir, "langevin": _by_langevin}
+
+
+def _check(**positive: float) -> None:
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")

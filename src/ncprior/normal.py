@@ -1,0 +1,117 @@
+"""Normal densities with diagonal covariance that draw from explicit generators.
+
+`torch.distributions.Normal` takes no generator; apart from that this speaks its language.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+LOG_2_PI = math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """N(loc, diag(scale^2)), the last `event_dim` axes being one event."""
+
+    loc: Tensor  # (*batch, *event)
+    scale: Tensor  # (*batch, *event), positive
+    event_dim: int = 1
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.loc.shape[: self.loc.ndim - self.event_dim])
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return tuple(self.loc.shape[self.loc.ndim - self.event_dim :])
+
+    def rsample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> Tensor:
+        """Draws (*sample_shape, *batch, *event), differentiable in loc and scale."""
+        shape = (*sample_shape, *self.loc.shape)
+        noise = torch.randn(
+            shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype
+        )
+        return torch.addcmul(self.loc, noise, self.scale)
+
+    @torch.no_grad()
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> Tensor:
+        """Draws (*sample_shape, *batch, *event) without gradient."""
+        return self.rsample(sample_shape, generator=generator)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Normalised log-density in nats, the shape of `value` less the event."""
+        standard = (value - self.loc) / self.scale
+        return self._over_event(-0.5 * (standard.square() + LOG_2_PI) - self.scale.log())
+
+    def kl(self, other: "Normal") -> Tensor:
+        """KL(self || other) in nats, of the batch shape, in closed form."""
+        ratio = (self.scale / other.scale).square()
+        shift = ((self.loc - other.loc) / other.scale).square()
+        return self._over_event(0.5 * (ratio + shift - 1 - ratio.log()))
+
+    def tempered(self, temperature: float) -> "Normal":
+        """The same mean, the standard deviation times `temperature`."""
+        if temperature == 1:
+            return self
+        return Normal(self.loc, self.scale * temperature, self.event_dim)
+
+    def row(self, index: int) -> "Normal":
+        """The density of one row of the batch."""
+        return Normal(self.loc[index], self.scale[index], self.event_dim)
+
+    def _over_event(self, values: Tensor) -> Tensor:
+        return values.flatten(values.ndim - self.event_dim).sum(-1)
+
+
+class StandardNormal(nn.Module):
+    """The usual base prior N(0, I) over latents of size d, movable between devices."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, latent_size: int) -> None:
+        super().__init__()
+        self.latent_size = latent_size
+        self.register_buffer("loc", torch.zeros(latent_size), persistent=False)
+        self.register_buffer("scale", torch.ones(latent_size), persistent=False)
+
+    @property
+    def config(self) -> dict[str, int]:
+        return {"latent_size": self.latent_size}
+
+    def rows(self, num: int) -> Normal:
+        """The same density for each of `num` rows."""
+        return Normal(self.loc.expand(num, -1), self.scale.expand(num, -1))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (self.latent_size,)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> Tensor:
+        """Draws (*sample_shape, d)."""
+        shape = (*sample_shape, self.latent_size)
+        return torch.randn(
+            shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype
+        )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Normalised log-density in nats of z (..., d), shape (...)."""
+        return -0.5 * (value.square() + LOG_2_PI).sum(-1)
+
+    def tempered(self, temperature: float) -> Normal:
+        """N(0, temperature^2 I)."""
+        return Normal(self.loc, self.scale * temperature)

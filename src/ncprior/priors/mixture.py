@@ -1,0 +1,128 @@
+"""A Gaussian mixture as base prior: fitted by scikit-learn, a density of torch afterwards."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ncprior.normal import LOG_2_PI
+
+
+class GaussianMixture(nn.Module):
+    """sum_j w_j N(mean_j, L_j L_j^T) over latents of size d, with full covariances.
+
+    Args:
+        components: Number of components m.
+        latent_size: d.
+
+    RAE (Ghosh et al. 2020) fits 10 components on the codes of an autoencoder.
+    """
+
+    log_weights: Tensor  # (m,)
+    means: Tensor  # (m, d)
+    cholesky: Tensor  # (m, d, d), lower
+    precision: Tensor  # (m, d, d), inverse of `cholesky`, upper after transposition
+
+    def __init__(self, components: int, latent_size: int) -> None:
+        super().__init__()
+        eye = torch.eye(latent_size).repeat(components, 1, 1)
+        weights = torch.full((components,), -math.log(components))
+        self.register_buffer("log_weights", weights)
+        self.register_buffer("means", torch.zeros(components, latent_size))
+        self.register_buffer("cholesky", eye)
+        self.register_buffer("precision", eye.clone())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"components": len(self.means), "latent_size": self.means.shape[1]}
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return tuple(self.means.shape[1:])
+
+    @classmethod
+    def fit(
+        cls,
+        codes: Tensor,
+        components: int = 10,
+        *,
+        seed: int = 0,
+        max_iter: int = 2000,
+        tol: float = 1e-3,
+    ) -> "GaussianMixture":
+        """Fit on codes (n, d) by expectation maximisation (scikit-learn, full covariances).
+
+        Raises:
+            ValueError: fewer codes than components, or codes that are not finite.
+        """
+        from sklearn.mixture import GaussianMixture as Fit
+
+        if codes.ndim != 2 or len(codes) < max(components, 2):
+            raise ValueError(
+                f"codes must be (n, d) with n of at least {max(components, 2)}, "
+                f"got {tuple(codes.shape)}; use fewer components or more data"
+            )
+        if not codes.isfinite().all():
+            raise ValueError("codes must be finite; the encoder returned NaN or infinity")
+        found = Fit(components, max_iter=max_iter, tol=tol, random_state=seed).fit(
+            codes.double().cpu().numpy()
+        )
+        mixture = cls(components, codes.shape[1])
+        covariances = torch.from_numpy(found.covariances_)
+        mixture.set(
+            torch.from_numpy(found.weights_).log(),
+            torch.from_numpy(found.means_),
+            torch.linalg.cholesky(covariances),
+        )
+        return mixture.to(codes.device)
+
+    def set(self, log_weights: Tensor, means: Tensor, cholesky: Tensor) -> None:
+        """Put in weights (m,), means (m, d) and Cholesky factors (m, d, d)."""
+        eye = torch.eye(means.shape[1], dtype=cholesky.dtype, device=cholesky.device)
+        self.log_weights.copy_(log_weights)
+        self.means.copy_(means)
+        self.cholesky.copy_(cholesky)
+        self.precision.copy_(torch.linalg.solve_triangular(cholesky, eye, upper=False))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Normalised log-density in nats of z (..., d), shape (...)."""
+        flat = value.reshape(-1, value.shape[-1])
+        offset = torch.einsum("mij,mj->mi", self.precision, self.means)[:, None]
+        standard = torch.baddbmm(  # (m, n, d)
+            offset, flat.expand(len(self.means), -1, -1), self.precision.mT, beta=-1
+        )
+        log_det = self.cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
+        constant = self.log_weights - log_det - 0.5 * value.shape[-1] * LOG_2_PI
+        per_component = constant[:, None] - 0.5 * standard.square().sum(-1)  # (m, n)
+        return per_component.logsumexp(0).view(value.shape[:-1])
+
+    @torch.no_grad()
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> Tensor:
+        """Draws (*sample_shape, d)."""
+        num, (components, size) = math.prod(sample_shape), self.means.shape
+        options = {"device": self.means.device, "dtype": self.means.dtype}
+        edges = self.log_weights.exp().cumsum(0)
+        uniform = torch.rand(num, generator=generator, device=self.means.device) * edges[-1]
+        picks = torch.searchsorted(edges, uniform.to(edges.dtype)).clamp_max(components - 1)
+        noise = torch.randn((num, size), generator=generator, **options)
+        draws = torch.empty((num, size), **options)
+        for j in picks.unique().tolist():
+            rows = (picks == j).nonzero().squeeze(1)
+            draws[rows] = torch.addmm(self.means[j], noise[rows], self.cholesky[j].T)
+        return draws.view(*sample_shape, size)
+
+    def tempered(self, temperature: float) -> "GaussianMixture":
+        """The same means and weights, each component's standard deviation times `temperature`."""
+        if temperature == 1:
+            return self
+        other = GaussianMixture(*self.means.shape).to(self.means)
+        other.set(self.log_weights, self.means, self.cholesky * temperature)
+        return other

@@ -1,0 +1,65 @@
+"""Noise contrastive priors on disk and on the hub: config.json + model.safetensors."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ncprior.normal import StandardNormal
+from ncprior.numerics import LogZ
+from ncprior.priors.mixture import GaussianMixture
+from ncprior.ratios import NETWORKS
+from ncprior.storage import load_tensors, restore, save_tensors
+
+FORMAT = 1
+BASES: dict[str, Any] = {"gaussian": StandardNormal, "mixture": GaussianMixture}
+
+
+def save_prior(prior: Any, directory: Path) -> None:
+    """Write a prior into `directory`. Raises TypeError for a base or ratio that is not ours."""
+    log_z = None if prior.log_z is None else prior.log_z._asdict()
+    config = {
+        "format": FORMAT,
+        "class": "NoiseContrastivePrior",
+        "ratios": [_config(ratio, "a ratio") for ratio in prior.ratios],
+        "base": None if prior.base is None else _base_config(prior.base),
+        "log_z": log_z,
+        "record": prior.record,
+    }
+    save_tensors(directory, config, prior.state_dict())
+
+
+def load_prior(cls: type, directory: Path) -> Any:
+    """Read what `save_prior` wrote."""
+    config, tensors = load_tensors(directory)
+    if config.get("format") != FORMAT or config.get("class") != "NoiseContrastivePrior":
+        raise ValueError(
+            f"{directory}/config.json is not a noise contrastive prior of format {FORMAT} "
+            f"(found class {config.get('class')!r}, format {config.get('format')!r}); fit it anew"
+        )
+    ratios: list[nn.Module] = []
+    for options in config["ratios"]:
+        network = NETWORKS[options.pop("network")]
+        ratios.append(network(**options))
+    base = None
+    if config["base"] is not None:
+        base = BASES[config["base"].pop("kind")](**config["base"])
+    log_z = None if config["log_z"] is None else LogZ(**config["log_z"])
+    prior = cls(ratios, base, log_z=log_z)
+    prior.record = config["record"]
+    restore(prior, tensors, directory)
+    return prior.eval().requires_grad_(False)
+
+
+def _config(module: Any, what: str) -> dict[str, Any]:
+    config = getattr(module, "config", None)
+    if config is None:
+        raise TypeError(f"{what} of class {type(module).__name__} has no config to save it by")
+    return dict(config)
+
+
+def _base_config(base: Any) -> dict[str, Any]:
+    for kind, known in BASES.items():
+        if isinstance(base, known):
+            return {"kind": kind} | _config(base, "a base")
+    raise TypeError(f"a base of class {type(base).__name__} cannot be saved yet")

@@ -1,0 +1,6 @@
+"""Samplers of r(z) p(z) / Z: pure functions of callables that know no model."""
+
+from ncprior.samplers.langevin import LangevinResult, langevin
+from ncprior.samplers.sir import SIRResult, sir
+
+__all__ = ["LangevinResult", "SIRResult", "langevin", "sir"]

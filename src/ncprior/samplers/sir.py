@@ -1,0 +1,148 @@
+"""Sampling-importance-resampling, with memory that does not grow with the number of proposals."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+BLOCK = 1024
+"""Proposals asked for at a time. A constant, so that `chunk` never changes what is drawn."""
+
+
+class SIRResult(NamedTuple):
+    samples: Tensor  # (n, *event)
+    ess: Tensor  # (n,), effective pool size, between 1 and m
+    log_z: Tensor  # (n,), log of each pool's mean ratio, nats
+
+
+@torch.no_grad()
+def sir(
+    propose: Callable[[int, int, Generator], Tensor],
+    log_ratio: Callable[[Tensor, slice], Tensor],
+    n: int,
+    m: int,
+    *,
+    generator: Generator | Sequence[Generator],
+    chunk: int = 4096,
+) -> SIRResult:
+    """Sample r(z) p(z) / Z by sampling-importance-resampling.
+
+    Each of the n draws is picked from a pool of its own, so draws are independent; the error of
+    their law is O(1/m). Pools are streamed: with Gumbel noise g, the pick is the largest
+    log r + g so far, so that only `chunk` proposals are held at a time.
+
+    Args:
+        propose: (i, k, generator) to k draws of the base prior for draw i, (k, *event).
+        log_ratio: z (j, k, *event) for the draws in a slice of range(n), to log r(z) in nats up to
+            a constant, (j, k).
+        n: Number of draws.
+        m: Proposals per draw.
+        generator: Source of all randomness, on the device of the proposals; or one for each draw,
+            which then depends on nothing else, neither n nor `chunk`.
+        chunk: About how many proposals are held and weighed at a time. It changes speed and memory,
+            never the law.
+
+    Raises:
+        ValueError: n, m or chunk below 1, a wrong number of generators, a log_ratio of the wrong
+            shape, or a pool whose log-ratios are NaN, +inf or all -inf.
+
+    Reference: Aneja et al. (NeurIPS 2021), section 4.3; Gumbel-max: Maddison et al. (2014).
+    """
+    if n < 1 or m < 1 or chunk < 1:
+        raise ValueError(f"n, m and chunk must be at least 1, got {n=}, {m=}, {chunk=}")
+    generators = [generator] * n if isinstance(generator, Generator) else list(generator)
+    if len(generators) != n:
+        raise ValueError(f"generator must be one or {n} (one a draw), got {len(generators)}")
+
+    together = max(1, chunk // min(m, BLOCK))
+    parts = []
+    for first in range(0, n, together):
+        draws = slice(first, min(first + together, n))
+        pools = [_Pool(propose, i, m, generators[i]) for i in range(draws.start, draws.stop)]
+        parts.append(_resample(pools, log_ratio, draws, m, chunk))
+    return SIRResult(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+class _Pool:
+    """The stream of one draw: blocks of proposals, each with its uniform numbers."""
+
+    def __init__(
+        self, propose: Callable[[int, int, Generator], Tensor], i: int, m: int, generator: Generator
+    ) -> None:
+        self.propose, self.i, self.m, self.generator = propose, i, m, generator
+
+    def block(self, first: int) -> tuple[Tensor, Tensor]:
+        k = min(BLOCK, self.m - first)
+        z = self.propose(self.i, k, self.generator)
+        uniform = torch.rand(
+            k, generator=self.generator, device=z.device, dtype=torch.float64
+        )
+        return z, uniform
+
+
+def _resample(
+    pools: list[_Pool],
+    log_ratio: Callable[[Tensor, slice], Tensor],
+    draws: slice,
+    m: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The picks, pool sizes and log mean ratios of a few draws, block by block."""
+    rows = torch.arange(len(pools))
+    state = None
+    for first in range(0, m, BLOCK):
+        blocks = [pool.block(first) for pool in pools]
+        z = torch.stack([block[0] for block in blocks])  # (j, k, *event)
+        log_w = _weigh(log_ratio, z, draws, chunk)  # (j, k)
+        uniform = torch.stack([block[1] for block in blocks])
+        score, pick = (log_w - (-uniform.log()).log()).max(1)
+        top = log_w.amax(1)  # keeps NaN
+        if not (top < torch.inf).all():
+            raise ValueError("log_ratio returned NaN or +inf; its network is not usable")
+        scaled = (log_w - _finite(top)[:, None]).exp()
+        new = (score, z[rows, pick], top, scaled.sum(1), scaled.square().sum(1))
+        state = new if state is None else _merge(state, new)
+    assert state is not None
+    _, samples, top, total, squares = state
+    if not top.isfinite().all():
+        raise ValueError("a pool has only log-ratios of -inf; raise the number of proposals")
+    log_z = top.double() + total.double().log() - math.log(m)
+    return samples, total.square() / squares, log_z
+
+
+def _weigh(
+    log_ratio: Callable[[Tensor, slice], Tensor], z: Tensor, draws: slice, chunk: int
+) -> Tensor:
+    width = max(1, chunk // z.shape[0])
+    parts = []
+    for piece in z.split(width, dim=1):
+        log_w = log_ratio(piece, draws)
+        if log_w.shape != piece.shape[:2]:
+            raise ValueError(
+                f"log_ratio must return shape {tuple(piece.shape[:2])}, got {tuple(log_w.shape)}"
+            )
+        parts.append(log_w)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The better pick of two blocks, and their weights on a common scale."""
+    better = new[0] > old[0]
+    event = better.view(-1, *[1] * (old[1].ndim - 1))
+    top = torch.maximum(old[2], new[2])
+    floor = _finite(top)
+    shrink_old, shrink_new = (old[2] - floor).exp(), (new[2] - floor).exp()
+    return (
+        torch.where(better, new[0], old[0]),
+        torch.where(event, new[1], old[1]),
+        top,
+        old[3] * shrink_old + new[3] * shrink_new,
+        old[4] * shrink_old.square() + new[4] * shrink_new.square(),
+    )
+
+
+def _finite(top: Tensor) -> Tensor:
+    """0 where no proposal has any weight yet, so that nothing becomes -inf - -inf."""
+    return torch.where(top.isfinite(), top, 0)

@@ -1,0 +1,104 @@
+"""Files that are never left half written, and modules on disk as config.json + safetensors."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, moved to `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write all of `content` to `path`, or leave what was there.
+
+    Raises:
+        OSError: the disk is full or not writable; the message says that nothing was lost.
+    """
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        kept = "the previous file is intact" if path.exists() else "no partial file is left"
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno,
+            f"could not write {path} ({reason}); {kept}. Free some space, then run the same "
+            "command again with --resume",
+        ) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; write it anew") from None
+
+
+def save_tensors(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors into `directory`."""
+    from safetensors.torch import save
+
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(directory / "model.safetensors", save(content))
+    write_json(directory / "config.json", config)
+
+
+def load_tensors(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `save_tensors` wrote. Nothing in the files is executed.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is cut short or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    config = read_json(directory / "config.json")
+    path = directory / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return config, load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); make it anew") from None
+
+
+def restore(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load `tensors` into `module`, with an error that names what does not fit."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit its config.json: {error}") from None
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a module's weights and buffers, whatever their device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,6 @@
+"""Stage 1 trains the VAE, stage 2 the ratios."""
+
+from ncprior.training.ratios import fit_prior
+from ncprior.training.vae import train_vae
+
+__all__ = ["fit_prior", "train_vae"]

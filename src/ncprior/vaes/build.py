@@ -1,0 +1,139 @@
+"""VAEs from keyword arguments, with presets for the published ones."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncprior.vaes.flat import FlatVAE
+from ncprior.vaes.likelihoods import LIKELIHOODS
+from ncprior.vaes.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The digits of scikit-learn: a narrow likelihood and 16 latents leave a real hole.
+    "digits": dict(
+        network="mlp",
+        latent_size=16,
+        hidden=(256, 256),
+        activation="silu",
+        likelihood="gaussian",
+        likelihood_scale=0.1,
+    ),
+    # LARS and SNIS on MNIST (Bauer and Mnih 2019; Lawson et al. 2019).
+    "lars-mnist": dict(
+        network="mlp",
+        latent_size=50,
+        hidden=(300, 300),
+        activation="tanh",
+        likelihood="bernoulli",
+        posterior_scale="softplus",
+    ),
+    # The VAE of RAE on CelebA-64 (Ghosh et al. 2020). Its loss, squared error averaged over RGB plus
+    # 0.09024 KL, is a Gaussian likelihood of scale sqrt(1.5 * 0.09024).
+    "rae-celeba64": dict(
+        network="conv",
+        latent_size=64,
+        channels=(128, 256, 512, 1024),
+        kernel=5,
+        likelihood="gaussian",
+        likelihood_scale=0.36792,
+        posterior_scale="tanh",
+    ),
+}
+
+
+def build_vae(
+    image_shape: Sequence[int],
+    *,
+    preset: str | None = None,
+    image_mean: Tensor | None = None,
+    **options: Any,
+) -> FlatVAE:
+    """A VAE for images (c, h, w), from a preset, from options, or from a preset changed by options.
+
+    Args:
+        image_shape: (c, h, w).
+        preset: "digits", "lars-mnist" or "rae-celeba64".
+        image_mean: Mean training image (c, h, w) in [0, 1], on which an MLP is centred.
+        options: Those of `flat_vae`.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}{_near(preset)}")
+    arguments = (PRESETS[preset] if preset else {}) | options
+    vae = flat_vae(image_shape, **arguments)
+    vae.config = {"image_shape": list(image_shape)} | arguments
+    if image_mean is not None:
+        centre(vae, image_mean)
+    return vae
+
+
+def flat_vae(
+    image_shape: Sequence[int],
+    *,
+    network: str = "mlp",
+    latent_size: int = 16,
+    hidden: Sequence[int] = (256, 256),
+    activation: str = "silu",
+    channels: Sequence[int] = (32, 64, 128),
+    kernel: int = 5,
+    likelihood: str = "bernoulli",
+    likelihood_scale: float = 0.1,
+    likelihood_learned: bool = False,
+    levels: int = 256,
+    posterior_scale: str = "softplus",
+) -> FlatVAE:
+    """A VAE with one latent group.
+
+    Args:
+        image_shape: (c, h, w).
+        network: "mlp" (uses `hidden`, `activation`) or "conv" (uses `channels`, `kernel`).
+        latent_size: Number of latents d.
+        hidden: Widths of the encoder's hidden layers; the decoder has them reversed.
+        activation: "tanh", "relu", "silu" or "gelu".
+        channels: Widths of the convolutions, finest first; sides halve at each.
+        kernel: Size of the convolutions.
+        likelihood: "bernoulli", "gaussian" (with `likelihood_scale`, `likelihood_learned`) or
+            "categorical" (with `levels`).
+        posterior_scale: See `FlatVAE`.
+    """
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
+    if network not in ("mlp", "conv"):
+        raise ValueError(f'network must be "mlp" or "conv", got {network!r}')
+    if latent_size < 1:
+        raise ValueError(f"latent_size must be at least 1, got {latent_size}")
+    arguments: dict[str, Any] = {
+        "bernoulli": {},
+        "gaussian": {"scale": likelihood_scale, "learned": likelihood_learned},
+        "categorical": {"levels": levels},
+    }[likelihood]
+    emission: Any = LIKELIHOODS[likelihood](**arguments)
+    outputs = (emission.outputs_per_pixel, emission.squash)
+    if network == "mlp":
+        encoder = MLPEncoder(image_shape, latent_size, hidden, activation)
+        decoder = MLPDecoder(image_shape, latent_size, hidden, activation, *outputs)
+        return FlatVAE(encoder, decoder, emission, latent_size, posterior_scale=posterior_scale)
+    return FlatVAE(
+        ConvEncoder(image_shape, latent_size, channels, kernel),
+        ConvDecoder(image_shape, latent_size, channels, kernel, *outputs),
+        emission,
+        latent_size,
+        posterior_scale=posterior_scale,
+    )
+
+
+@torch.no_grad()
+def centre(vae: FlatVAE, image_mean: Tensor) -> None:
+    """Centre an MLP on the mean training image: its input, and its output before training."""
+    mean = image_mean.flatten()
+    if isinstance(vae.encoder, MLPEncoder):
+        vae.encoder.image_mean.copy_(mean)
+    if isinstance(vae.decoder, MLPDecoder) and vae.decoder.offset.numel() == mean.numel():
+        vae.decoder.offset.copy_(mean.clamp(1e-4, 1 - 1e-4).logit())
+
+
+def _near(name: str) -> str:
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

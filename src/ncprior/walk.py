@@ -1,0 +1,153 @@
+"""The walk: the protocol that a VAE offers, and the one loop over its latent groups.
+
+A hierarchical VAE is a chain of K groups; a flat VAE is a chain of one. Training, sampling,
+drawing pairs for the classifiers and measuring a likelihood are the same loop; they differ only
+in how z_k is chosen.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Generator, Tensor
+
+from ncprior.normal import Normal
+
+Evidence = tuple[Tensor, ...]
+"""What an encoder says of a batch of images: tensors whose first axis is the image."""
+
+
+class Density(Protocol):
+    """A normalised density in the language of `torch.distributions`, with explicit generators."""
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def event_shape(self) -> tuple[int, ...]: ...
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> Tensor:
+        """Draws (*sample_shape, *batch_shape, *event_shape), without gradient."""
+        ...
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, the shape of `value` less `event_shape`."""
+        ...
+
+    def tempered(self, temperature: float) -> "Density":
+        """The density with its standard deviation times `temperature`."""
+        ...
+
+
+class RowDensity(Density, Protocol):
+    """A density whose batch axis is the row of the walk."""
+
+    def row(self, index: int) -> Density:
+        """The density of one row, with batch shape ()."""
+        ...
+
+
+class Repeated:
+    """The same density, of batch shape (), for each of `num` rows."""
+
+    def __init__(self, density: Density, num: int) -> None:
+        self.density, self.num = density, num
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return (self.num,)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.density.event_shape
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> Tensor:
+        return self.density.sample((*sample_shape, self.num), generator=generator)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.density.log_prob(value)
+
+    def tempered(self, temperature: float) -> "Repeated":
+        return Repeated(self.density.tempered(temperature), self.num)
+
+    def row(self, index: int) -> Density:
+        return self.density
+
+
+class Group(NamedTuple):
+    """One latent group, given the groups before it, for n rows."""
+
+    prior: RowDensity  # p(z_k | z_<k), batch_shape (n,)
+    posterior: Normal | None  # q(z_k | z_<k, x), batch_shape (n,); None without evidence
+    context: Tensor | None  # c(z_<k), (n, ...), what the prior's parameters are made of
+
+
+class VAE(Protocol):
+    """What a VAE must offer; this is all that an adapter writes."""
+
+    @property
+    def num_groups(self) -> int: ...
+
+    def encode(self, images: Tensor) -> Evidence:
+        """Images (n, c, h, w) in [0, 1] to the evidence for their posteriors."""
+        ...
+
+    def start(self, num: int) -> Any:
+        """The state in which no group is chosen yet, for `num` rows."""
+        ...
+
+    def group(self, state: Any, evidence: Evidence | None = None) -> Group:
+        """The next group: its prior, its context and, with evidence, its posterior."""
+        ...
+
+    def advance(self, state: Any, z: Tensor) -> Any:
+        """The state after z (n, *event) was chosen for the next group."""
+        ...
+
+    def emit(self, state: Any) -> Any:
+        """The likelihood p(x | z), once all groups are chosen."""
+        ...
+
+
+Choose = Callable[[int, Group], Tensor]
+
+
+class Walked(NamedTuple):
+    """The end of a walk."""
+
+    state: Any
+    latents: list[Tensor]  # one (n, *event) per group
+
+
+def walk(vae: VAE, choose: Choose, num: int, evidence: Evidence | None = None) -> Walked:
+    """Go through the groups of `vae` for `num` rows; `choose(k, group)` picks each z_k."""
+    state, latents = vae.start(num), []
+    for k in range(vae.num_groups):
+        z = choose(k, vae.group(state, evidence))
+        state = vae.advance(state, z)
+        latents.append(z)
+    return Walked(state, latents)
+
+
+def from_prior(generator: Generator | None = None, temperature: float = 1.0) -> Choose:
+    """Draw each group from the base prior, its standard deviation times `temperature`."""
+    return lambda _, group: group.prior.tempered(temperature).sample(generator=generator)
+
+
+def from_posterior(generator: Generator | None = None) -> Choose:
+    """Draw each group from the posterior."""
+
+    def choose(_: int, group: Group) -> Tensor:
+        if group.posterior is None:
+            raise ValueError("from_posterior needs a walk with evidence; pass vae.encode(images)")
+        return group.posterior.rsample(generator=generator)
+
+    return choose
+
+
+def from_list(latents: Sequence[Tensor]) -> Choose:
+    """Take each group from `latents`, those of another model perhaps."""
+    return lambda k, _: latents[k]
