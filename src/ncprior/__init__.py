@@ -25,7 +25,26 @@ _HOME = {
     "train_vae": "ncprior.training",
 }
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "FlatVAE",
+    "Gaussian",
+    "GaussianMixture",
+    "ImageDataset",
+    "NoiseContrastivePrior",
+    "Splits",
+    "__version__",
+    "build_vae",
+    "diagnose",
+    "draw",
+    "evaluate",
+    "fit_prior",
+    "generate",
+    "load_data",
+    "load_vae",
+    "train_vae",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,7 @@ def nll_figures(
         splits: Which of them are for test.
         prior: A noise contrastive prior of one group.
         images: Number of test images.
-        importance_samples: Posterior draws per image; the NLL is an upper bound that falls with them.
+        importance_samples: Posterior draws per image; the NLL, an upper bound, falls with them.
         log_z_draws: Base draws for log Z, whose error enters that of the NCP's NLL.
         seed: Seed of the draws.
         progress: Show progress bars.

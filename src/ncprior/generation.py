@@ -1,4 +1,4 @@
-"""Draw images: from the base prior, from a noise contrastive prior, or from the aggregate posterior."""
+"""Draw images from the base prior, a noise contrastive prior or the aggregate posterior."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ def draw(
     was_training = vae.training
     vae.eval()
     device = next(vae.parameters()).device
-    options = {
+    options: dict[str, Any] = {
         "proposals": proposals,
         "chunk": chunk,
         "steps": steps,
@@ -155,7 +155,7 @@ def _by_sir(
             len(generators),
             proposals,
             generator=generators,
-            chunk=chunk or getattr(prior.ratios[k], "chunk", 4096),
+            chunk=chunk or prior.chunk(k),
         )
         ess.append(found.ess)
         return found.samples

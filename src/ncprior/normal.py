@@ -104,9 +104,7 @@ class StandardNormal(nn.Module):
     ) -> Tensor:
         """Draws (*sample_shape, d)."""
         shape = (*sample_shape, self.latent_size)
-        return torch.randn(
-            shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype
-        )
+        return torch.randn(shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Normalised log-density in nats of z (..., d), shape (...)."""

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -53,7 +53,7 @@ def mean_and_se(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), se)
 
 
-def jackknife(statistic: Callable[..., float], *sources: Sequence[Tensor]) -> Estimate:
+def jackknife(statistic: Callable[..., float], *sources: Sequence[Any]) -> Estimate:
     """A statistic of several independent sources, with its delete-one-block jackknife error.
 
     Args:
@@ -99,6 +99,8 @@ def stream_seed(seed: int, purpose: str, index: int = 0) -> int:
     return (zlib.crc32(f"{seed}/{purpose}".encode()) + index) % 2**32
 
 
-def stream(seed: int, purpose: str, index: int = 0, device: torch.device | str = "cpu") -> Generator:
+def stream(
+    seed: int, purpose: str, index: int = 0, device: torch.device | str = "cpu"
+) -> Generator:
     """The generator of stream `index` of `purpose`."""
     return Generator(device).manual_seed(stream_seed(seed, purpose, index))

@@ -62,7 +62,7 @@ def known_keys() -> dict[str, set[str]]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """" (did you mean ...?)" where one of `names` is near, else all of them."""
+    """ " (did you mean ...?)" where one of `names` is near, else all of them."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f"; known are {', '.join(names)}"

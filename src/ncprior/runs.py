@@ -1,12 +1,12 @@
 """A run directory: what it holds, and how it is read.
 
-    config.toml      format, version and the recipe
-    splits.npz       rows of the data set for train, validation, test (and fit, heldout)
-    vae/, ncp/       config.json and model.safetensors
-    metrics.json     every figure measured, with its error, unit, samples and seed
-    samples/         drawn images and latents
-    logs/            training curves: CSV and TensorBoard
-    report.html
+config.toml      format, version and the recipe
+splits.npz       rows of the data set for train, validation, test (and fit, heldout)
+vae/, ncp/       config.json and model.safetensors
+metrics.json     every figure measured, with its error, unit, samples and seed
+samples/         drawn images and latents
+logs/            training curves: CSV and TensorBoard
+report.html
 """
 
 import io
@@ -124,7 +124,8 @@ class Run:
     def write_splits(self, **rows: Tensor) -> None:
         """Add named rows to splits.npz."""
         content = io.BytesIO()
-        np.savez(content, **{k: v.numpy() for k, v in (self.read_splits() | rows).items()})
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in (self.read_splits() | rows).items()}
+        np.savez(content, **arrays)
         write_bytes(self.path / "splits.npz", content.getvalue())
 
     def save_vae(self, vae: Any) -> None:

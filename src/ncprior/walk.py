@@ -43,6 +43,8 @@ class Density(Protocol):
 class RowDensity(Density, Protocol):
     """A density whose batch axis is the row of the walk."""
 
+    def tempered(self, temperature: float) -> "RowDensity": ...
+
     def row(self, index: int) -> Density:
         """The density of one row, with batch shape ()."""
         ...

@@ -126,7 +126,7 @@ def test_key_of_an_npz(tmp_path, pixels):
 
 def test_key_of_an_npy(tmp_path, pixels):
     np.save(tmp_path / "x.npy", pixels)
-    with pytest.raises(ValueError, match="chooses an array of an .npz"):
+    with pytest.raises(ValueError, match=r"chooses an array of an \.npz"):
         load_data("array", tmp_path / "x.npy", key="a")
 
 
@@ -135,7 +135,7 @@ def test_key_of_an_npy(tmp_path, pixels):
 def test_cut_short(save, pixels, tmp_path, keep, limit):
     path = save(pixels)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="cut short|empty file|neither|no readable header"):
+    with pytest.raises(ValueError, match=r"cut short|empty file|neither|no readable header"):
         load_data("array", path, memory_limit=limit, cache=tmp_path / "cache")
 
 
@@ -150,5 +150,5 @@ def test_damaged_npz(tmp_path, pixels):
 
 
 def test_directory_is_no_array(tmp_path):
-    with pytest.raises(ValueError, match="takes an .npy or .npz file"):
+    with pytest.raises(ValueError, match=r"takes an \.npy or \.npz file"):
         load_data("array", tmp_path)

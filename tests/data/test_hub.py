@@ -109,7 +109,7 @@ def test_column_choice(tmp_path, colours):
     assert np.array_equal(stored(load_data("hub", path, column="right")[0]), colours[::-1])
     with pytest.raises(ValueError, match="column must be one of"):
         load_data("hub", path, column="middle")
-    with pytest.raises(ValueError, match="column 'n' .* must have encoded images"):
+    with pytest.raises(ValueError, match=r"column 'n' .* must have encoded images"):
         load_data("hub", path, column="n")
     parquet.write_table(pa.table({"n": [1] * 20}), path)
     with pytest.raises(ValueError, match="none of them"):
@@ -141,13 +141,13 @@ def test_bad_files(tmp_path, colours):
     with pytest.raises(ValueError, match="not a readable parquet file"):
         load_data("hub", path)
     write(path, colours[:1])
-    with pytest.raises(ValueError, match="at least 5 images.*got 1"):
+    with pytest.raises(ValueError, match=r"at least 5 images.*got 1"):
         load_data("hub", path)
     parquet.write_table(pa.table({"image": pa.array([], pa.binary())}), path)
     with pytest.raises(ValueError, match="has no rows"):
         load_data("hub", path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no .parquet file"):
+    with pytest.raises(ValueError, match=r"has no \.parquet file"):
         load_data("hub", tmp_path / "empty")
 
 

@@ -86,7 +86,7 @@ PACKED = gzip.compress(idx(GOOD))
         (idx(GOOD)[:10], "header has 10 of 16 bytes"),
         (idx(GOOD[:0]), "has no images: 0 of 4x3"),
         (idx(GOOD[:1]), "at least 5 images"),
-        (idx(GOOD)[:-1], "cut short or damaged: 10 images of 4x3 pixels take 136"),
+        (idx(GOOD)[:-1], "cut short or damaged: 10 images of 4x3 pixels take 136 bytes"),
         (idx(GOOD) + b"x", "the file has 137"),
         (gzip.compress(idx(GOOD)[:-1]), "must hold 120 bytes of pixels.*only 119"),
         (gzip.compress(idx(GOOD) + b"x"), "must hold 120 bytes.*has more"),

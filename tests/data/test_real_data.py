@@ -11,7 +11,7 @@ pytestmark = pytest.mark.data
 
 def mean_and_std(data, rows):
     images = data.raw(rows)
-    return images.mean((0, 2, 3)).tolist(), images.std((0, 2, 3), correction=0).tolist()
+    return float(images.mean()), float(images.std(correction=0))
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_idx(real_data, name, mean, std):
     assert torch.equal(splits.test, torch.arange(60_000, 70_000))
     train_file = torch.cat([splits.train, splits.validation])
     # The published numbers have four digits.
-    assert mean_and_std(data, train_file) == pytest.approx(([mean], [std]), abs=5e-5)
+    assert mean_and_std(data, train_file) == pytest.approx((mean, std), abs=5e-5)
 
 
 def test_dynamic_binarisation_keeps_the_mean(real_data):
@@ -44,7 +44,7 @@ def test_cifar10_shard(real_data):
     # The 10,000 test images are a sample like the training images, whose means are given: their
     # standard deviations between images are below 0.16, so 5 standard errors are 0.008 each,
     # beside a hundredth of that for the 50,000.
-    mean, _ = mean_and_std(data, torch.arange(10_000))
+    mean = data.raw(torch.arange(10_000)).mean((0, 2, 3)).tolist()
     assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.009)
 
 
@@ -65,6 +65,7 @@ def test_frey_faces(real_data):
         assert np.array_equal(data.images[:, 0].numpy(), archive["images"])
 
 
-def test_omniglot_is_refused_in_its_packed_form(real_data):
-    with pytest.raises(ValueError, match="at least|must|key"):
-        load_data("array", real_data("omniglot/omniglot_105_packed.npz"), key="alphabet")
+def test_omniglot_key(real_data):
+    path = real_data("omniglot/omniglot_105_packed.npz")
+    with pytest.raises(ValueError, match=r"alphabet.* must have the shape .* got \(32460,\)"):
+        load_data("array", path, key="alphabet")

@@ -85,5 +85,5 @@ def test_splits_by_hand_are_checked(train, test, message):
 
 
 def test_splits_by_hand_must_be_rows():
-    with pytest.raises(TypeError, match="splits.validation must be an int64 tensor"):
+    with pytest.raises(TypeError, match=r"splits\.validation must be an int64 tensor"):
         check_splits(Splits(torch.tensor([0, 1]), torch.tensor([0.5]), torch.tensor([3, 4])), 5)

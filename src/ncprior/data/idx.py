@@ -96,7 +96,7 @@ def _look(path: Path) -> _File:
     size, wanted = path.stat().st_size, count * height * width + _HEADER
     if size * _DEFLATE < wanted if compressed else size != wanted:
         raise ValueError(
-            f"path: {path} is cut short or damaged: {count} images of {height}x{width} "
+            f"path: {path} is cut short or damaged: {count} images of {height}x{width} pixels "
             f"{'unpack to' if compressed else 'take'} {wanted:,} bytes, the file has {size:,}"
         )
     return _File(path, count, height, width)

@@ -76,7 +76,7 @@ def check_splits(splits: Splits, n: int) -> None:
     for name, rows in splits._asdict().items():
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
             raise TypeError(f"splits.{name} must be an int64 tensor with one axis, got {rows!r}")
-        _check_least(name, len(rows))
+        _check_least(name, len(rows), prefix="splits.")
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= n:
             raise ValueError(
@@ -114,9 +114,9 @@ def amount(name: str, value: float, n: int) -> int:
     return value
 
 
-def _check_least(name: str, count: int) -> None:
+def _check_least(name: str, count: int, prefix: str = "") -> None:
     if count < _LEAST[name]:
-        raise ValueError(f"{name} must have at least {_LEAST[name]} images, got {count}")
+        raise ValueError(f"{prefix}{name} must have at least {_LEAST[name]} images, got {count}")
 
 
 def _check_total(n: int) -> None:

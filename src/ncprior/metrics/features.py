@@ -1,4 +1,4 @@
-"""Feature spaces for distances between sets of images; each has a name, to stand by every figure."""
+"""Feature spaces for distances between sets of images, each with a name to go by."""
 
 from typing import NamedTuple
 

@@ -13,7 +13,7 @@ BLOCKS = 20
 class Moments(NamedTuple):
     """Sums from which mean and covariance follow; they add over batches. Float64."""
 
-    count: int
+    num: int
     total: Tensor  # (f,)
     outer: Tensor  # (f, f)
 
@@ -26,14 +26,16 @@ def moments(features: Tensor) -> Moments:
 
 def merge(parts: Iterable[Moments]) -> Moments:
     """Moments of the union of disjoint sets."""
-    counts, totals, outers = zip(*parts, strict=True)
-    return Moments(sum(counts), torch.stack(totals).sum(0), torch.stack(outers).sum(0))
+    nums, totals, outers = zip(*parts, strict=True)
+    return Moments(sum(nums), torch.stack(totals).sum(0), torch.stack(outers).sum(0))
 
 
 def moment_blocks(features: Tensor, blocks: int = BLOCKS) -> list[Moments]:
     """Features (n, f) cut into blocks, for `numerics.jackknife`."""
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features must be (n, f) with n of at least 2, got {tuple(features.shape)}")
+        raise ValueError(
+            f"features must be (n, f) with n of at least 2, got {tuple(features.shape)}"
+        )
     if not features.isfinite().all():
         raise ValueError("features must be finite, found NaN or infinity")
     return [moments(part) for part in features.tensor_split(min(blocks, len(features) // 2 + 1))]
@@ -55,5 +57,5 @@ def frechet_distance(a: Iterable[Moments], b: Iterable[Moments]) -> float:
 
 
 def _gaussian(m: Moments) -> tuple[Tensor, Tensor]:
-    mean = m.total / m.count
-    return mean, (m.outer - m.count * torch.outer(mean, mean)) / (m.count - 1)
+    mean = m.total / m.num
+    return mean, (m.outer - m.num * torch.outer(mean, mean)) / (m.num - 1)

@@ -1,4 +1,4 @@
-"""The importance-weighted bound on log p(x), for the base prior and for a log-ratio on top of it."""
+"""The importance-weighted bound on log p(x), for a base prior and a log-ratio on top of it."""
 
 from typing import Any, NamedTuple
 

@@ -1,7 +1,7 @@
 """The noise contrastive prior p_NCP(z) = r(z) p(z) / Z.
 
-Two densities must be kept apart in a hierarchical model (K > 1). Sampling group by group follows the
-product of *locally* normalised factors r_k p_k / Z_k(z_<k). The likelihood uses the *globally*
+Two densities must be kept apart in a hierarchical model (K > 1). Sampling group by group follows
+the product of *locally* normalised factors r_k p_k / Z_k(z_<k). The likelihood uses the *globally*
 normalised product r_1 p_1 ... r_K p_K / Z. With one group, or perfect ratios, they are the same.
 """
 
@@ -69,6 +69,10 @@ class NoiseContrastivePrior(nn.Module):
             context = context[draws].repeat_interleave(z.shape[1], 0)
         return self.log_ratio(k, z.flatten(0, 1), context).view(z.shape[:2])
 
+    def chunk(self, k: int) -> int:
+        """How many proposals the ratio of group k weighs fastest at a time."""
+        return int(getattr(self.ratios[k], "chunk", 4096))
+
     def unnormalized_log_prob(self, z: Tensor) -> Tensor:
         """log r(z) + log p(z) in nats of z (n, d), (n,); one group and a base of its own only."""
         return self.log_ratio(0, z) + self._density().log_prob(z)
@@ -113,7 +117,7 @@ class NoiseContrastivePrior(nn.Module):
         return load_prior(cls, Path(found))
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
-        """Upload the prior to a hub repository, made if need be; return the address of the commit."""
+        """Upload the prior to a hub repository, made if need be; return the commit's address."""
         from huggingface_hub import HfApi
 
         api = HfApi()

@@ -108,7 +108,7 @@ class GaussianMixture(nn.Module):
     ) -> Tensor:
         """Draws (*sample_shape, d)."""
         num, (components, size) = math.prod(sample_shape), self.means.shape
-        options = {"device": self.means.device, "dtype": self.means.dtype}
+        options: Any = {"device": self.means.device, "dtype": self.means.dtype}
         edges = self.log_weights.exp().cumsum(0)
         uniform = torch.rand(num, generator=generator, device=self.means.device) * edges[-1]
         picks = torch.searchsorted(edges, uniform.to(edges.dtype)).clamp_max(components - 1)

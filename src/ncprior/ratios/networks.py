@@ -1,7 +1,7 @@
 """Networks for log r(z) = log q(z) / p(z) over latents of size d: the logit of a classifier.
 
-Several members are trained side by side as one batched matrix product and their logits are averaged:
-on small data single classifiers over-fit and a sampler finds their mistakes.
+Several members are trained side by side as one batched matrix product and their logits are
+averaged: on small data single classifiers over-fit and a sampler finds their mistakes.
 """
 
 import itertools
@@ -17,7 +17,7 @@ ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
 
 
 class RatioNetwork(nn.Module):
-    """E members that map z to a logit; the log-ratio is their mean, calibrated: temperature * mean + shift.
+    """E members that map z to a logit; log r is their calibrated mean: temperature * mean + shift.
 
     Subclasses define `logits`. Inputs are centred and scaled by buffers that `standardize` sets.
     """
@@ -79,7 +79,9 @@ class MLPRatio(RatioNetwork):
     ) -> None:
         super().__init__(latent_size, members)
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
         self.config: dict[str, Any] = {
             "network": "mlp",
             "latent_size": latent_size,
@@ -87,7 +89,7 @@ class MLPRatio(RatioNetwork):
             "activation": activation,
             "members": members,
         }
-        self.activation = ACTIVATIONS[activation]
+        self.activation: Any = ACTIVATIONS[activation]
         self.layers = nn.ModuleList(
             EnsembleLinear(members, before, after)
             for before, after in itertools.pairwise([latent_size, *hidden, 1])
@@ -100,7 +102,7 @@ class MLPRatio(RatioNetwork):
 
 
 class ResidualRatio(RatioNetwork):
-    """Linear to the width, residual blocks of LayerNorm-Linear-SiLU-Linear, LayerNorm, SiLU, linear.
+    """Linear, residual blocks of LayerNorm-Linear-SiLU-Linear, LayerNorm, SiLU, linear.
 
     The layer norms have no gain and bias of their own: the linear layer behind one contains them.
 
@@ -137,7 +139,7 @@ class ResidualRatio(RatioNetwork):
         }
         self.width, self.dropout = width, dropout
         self.stem = EnsembleLinear(members, latent_size, width)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             nn.ModuleList([EnsembleLinear(members, width, width) for _ in range(2)])
             for _ in range(blocks)
         )

@@ -1,7 +1,7 @@
 """Langevin dynamics on an unnormalised density."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -78,7 +78,7 @@ def langevin(
 
 def _noise(start: Tensor, steps: int, generator: Generator | Sequence[Generator]) -> Tensor:
     """Standard normal noise (steps, n, *event)."""
-    options = {"device": start.device, "dtype": start.dtype}
+    options: Any = {"device": start.device, "dtype": start.dtype}
     if isinstance(generator, Generator):
         return torch.randn((steps, *start.shape), generator=generator, **options)
     rows = [torch.randn((steps, *start.shape[1:]), generator=g, **options) for g in generator]

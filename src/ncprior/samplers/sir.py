@@ -65,6 +65,10 @@ def sir(
     return SIRResult(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Best score, its z, largest log-ratio, sum and sum of squares of weights relative to it."""
+
+
 class _Pool:
     """The stream of one draw: blocks of proposals, each with its uniform numbers."""
 
@@ -76,9 +80,7 @@ class _Pool:
     def block(self, first: int) -> tuple[Tensor, Tensor]:
         k = min(BLOCK, self.m - first)
         z = self.propose(self.i, k, self.generator)
-        uniform = torch.rand(
-            k, generator=self.generator, device=z.device, dtype=torch.float64
-        )
+        uniform = torch.rand(k, generator=self.generator, device=z.device, dtype=torch.float64)
         return z, uniform
 
 
@@ -91,7 +93,7 @@ def _resample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The picks, pool sizes and log mean ratios of a few draws, block by block."""
     rows = torch.arange(len(pools))
-    state = None
+    state: State | None = None
     for first in range(0, m, BLOCK):
         blocks = [pool.block(first) for pool in pools]
         z = torch.stack([block[0] for block in blocks])  # (j, k, *event)
@@ -127,7 +129,7 @@ def _weigh(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _merge(old: State, new: State) -> State:
     """The better pick of two blocks, and their weights on a common scale."""
     better = new[0] > old[0]
     event = better.view(-1, *[1] * (old[1].ndim - 1))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from ncprior.numerics import stream, stream_seed
+from ncprior.numerics import stream_seed
 from ncprior.storage import write_bytes
 from ncprior.training.checkpoints import load_checkpoint, save_checkpoint
 from ncprior.training.interrupt import Interrupt
@@ -21,7 +21,10 @@ from ncprior.training.progress import progress_bar
 class Job(Protocol):
     """What is trained: one stage."""
 
-    module: nn.Module  # its forward gives the loss
+    @property
+    def module(self) -> nn.Module:
+        """What is trained; its forward gives the loss."""
+        ...
 
     def loss(self, model: Any, step: int, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step and the figures to report, all of them scalars."""
@@ -59,9 +62,7 @@ class Place:
     checkpoint: Path | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.checkpoint = (
-            self.directory / f"{self.stage}-checkpoint.pt" if self.directory else None
-        )
+        self.checkpoint = self.directory / f"{self.stage}-checkpoint.pt" if self.directory else None
 
 
 def optimise(
@@ -124,7 +125,9 @@ def optimise(
             if interrupt.asked:
                 save(step)
                 raise Interrupted(_where_saved(step, place))
-            step_seed = stream_seed(seed, place.stage, step * fabric.world_size + fabric.global_rank)
+            step_seed = stream_seed(
+                seed, place.stage, step * fabric.world_size + fabric.global_rank
+            )
             torch.manual_seed(step_seed)
             generator.manual_seed(step_seed)
             for group in optimizer.param_groups:
@@ -237,7 +240,6 @@ def _log(place: Place, history: list[dict[str, float]], writer: Any, speed: floa
         for name, value in history[-1].items():
             writer.add_scalar(f"{place.stage}/{name}", value, history[-1]["step"])
         writer.add_scalar(f"{place.stage}/steps_per_second", speed, history[-1]["step"])
-
 
 
 def make_fabric(device: str = "auto", precision: str = "32-true", devices: int = 1) -> Any:

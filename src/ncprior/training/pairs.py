@@ -38,7 +38,5 @@ def log_ratios(ratio: Any, pairs: Pairs, chunk: int = 4096) -> tuple[Tensor, Ten
     for z in (pairs.posterior, pairs.prior):
         pieces = z.split(chunk)
         contexts = [None] * len(pieces) if pairs.context is None else pairs.context.split(chunk)
-        found.append(
-            torch.cat([ratio(*piece) for piece in zip(pieces, contexts, strict=True)])
-        )
+        found.append(torch.cat([ratio(*piece) for piece in zip(pieces, contexts, strict=True)]))
     return found[0], found[1]

@@ -16,7 +16,13 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
         yield lambda completed, figures=None: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     bar = Progress(
         TextColumn("{task.description}"),
@@ -33,7 +39,9 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
         def show(completed: int, figures: dict[str, float] | None = None) -> None:
             fields: dict[str, Any] = {}
             if figures is not None:
-                fields["figures"] = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                fields["figures"] = "  ".join(
+                    f"{name} {value:.4g}" for name, value in figures.items()
+                )
             bar.update(task, completed=completed, **fields)
 
         yield show

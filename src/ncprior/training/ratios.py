@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=128,
         learning_rate=3e-3,
         weight_decay=0.03,
+        heldout=0.15,
     ),
     "large": dict(
         network="residual",
@@ -37,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=512,
         learning_rate=1e-3,
         weight_decay=0.03,
+        heldout=0.04,
     ),
     # The network of LARS, SNIS and the paper on MNIST.
     "published": dict(
@@ -46,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=512,
         learning_rate=1e-3,
         weight_decay=0.0,
+        heldout=0.04,
     ),
 }
 SMALL_DATA = 20_000  # images below which "small" is the default
@@ -57,7 +60,7 @@ class _Losses(nn.Module):
 
     def __init__(self, ratios: list[RatioNetwork]) -> None:
         super().__init__()
-        self.ratios = nn.ModuleList(ratios)
+        self.ratios: Any = nn.ModuleList(ratios)
 
     def forward(self, pairs: list[Pairs]) -> Tensor:
         """Losses (K, E) in nats."""
@@ -135,7 +138,7 @@ def fit_prior(
     learning_rate: float | None = None,
     weight_decay: float | None = None,
     clip_norm: float | None = None,
-    heldout: float = 0.15,
+    heldout: float | None = None,
     patience: int = 10,
     refresh_passes: float = 4.0,
     log_z_draws: int = 200_000,
@@ -170,7 +173,7 @@ def fit_prior(
         learning_rate: Peak rate of AdamW; it falls along half a cosine.
         weight_decay: Decoupled weight decay.
         clip_norm: Largest gradient norm; none by default.
-        heldout: Share of `rows` held out.
+        heldout: Share of `rows` held out; that of the preset by default.
         patience: Evaluations without improvement after which to stop.
         refresh_passes: Passes over the images in which the kept evidence of each is drawn anew,
             where the input is random.
@@ -201,8 +204,9 @@ def fit_prior(
         batch_size=batch_size,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
+        heldout=heldout,
     )
-    rows_fit, rows_heldout = _split(rows, heldout, seed)
+    rows_fit, rows_heldout = _split(rows, settings["heldout"], seed)
     fabric = make_fabric(device, precision)
     device_ = fabric.device
     was_training, vae_fingerprint = vae.training, fingerprint(vae)

@@ -57,22 +57,23 @@ def warnings(figures: dict[str, Any]) -> list[str]:
     found = []
     if figures["kl"] < COLLAPSED_KL:
         found.append(
-            f"The latents have collapsed: posteriors equal the prior (KL {figures['kl']:.2g} nats). "
-            "There is no hole to mend. Train the VAE with a KL warm-up or a narrower likelihood."
+            "The latents have collapsed: posteriors equal the prior "
+            f"(KL {figures['kl']:.2g} nats). There is no hole to mend. "
+            "Train the VAE with a KL warm-up or a narrower likelihood."
         )
     if figures["jsd"] > SEPARATED_JSD:
         found.append(
             f"The classifier separates almost perfectly (JSD {figures['jsd']:.3f} of at most "
-            f"{LOG_2:.3f} nats): base prior and posterior hardly overlap and the ratios are not to "
-            "be trusted. Use a base nearer to the posterior (base = mixture), a larger KL weight or "
-            "a wider likelihood."
+            f"{LOG_2:.3f} nats): base prior and posterior hardly overlap and the ratios are not "
+            "to be trusted. Use a base nearer to the posterior (base = mixture), a larger KL "
+            "weight or a wider likelihood."
         )
     gap = figures["loss"] - figures["train_loss"]
     if gap > OVERFIT_SHARE * figures["loss"] and figures["jsd"] <= SEPARATED_JSD:
         found.append(
-            f"The classifier over-fits: loss {figures['train_loss']:.3f} on images it was fitted on, "
-            f"{figures['loss']:.3f} on held-out ones. It was stopped where the held-out loss was "
-            "lowest and then calibrated; more images, dropout or members would help."
+            f"The classifier over-fits: loss {figures['train_loss']:.3f} on images it was fitted "
+            f"on, {figures['loss']:.3f} on held-out ones. It was stopped where the held-out loss "
+            "was lowest and then calibrated; more images, dropout or members would help."
         )
     return found
 

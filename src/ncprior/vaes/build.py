@@ -1,6 +1,5 @@
 """VAEs from keyword arguments, with presets for the published ones."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         likelihood="bernoulli",
         posterior_scale="softplus",
     ),
-    # The VAE of RAE on CelebA-64 (Ghosh et al. 2020). Its loss, squared error averaged over RGB plus
-    # 0.09024 KL, is a Gaussian likelihood of scale sqrt(1.5 * 0.09024).
+    # The VAE of RAE on CelebA-64 (Ghosh et al. 2020). Its loss, squared error averaged over RGB
+    # plus 0.09024 KL, is that of a Gaussian likelihood of scale sqrt(1.5 * 0.09024).
     "rae-celeba64": dict(
         network="conv",
         latent_size=64,
@@ -60,7 +59,7 @@ def build_vae(
         options: Those of `flat_vae`.
     """
     if preset is not None and preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}{_near(preset)}")
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     arguments = (PRESETS[preset] if preset else {}) | options
     vae = flat_vae(image_shape, **arguments)
     vae.config = {"image_shape": list(image_shape)} | arguments
@@ -104,12 +103,12 @@ def flat_vae(
         raise ValueError(f'network must be "mlp" or "conv", got {network!r}')
     if latent_size < 1:
         raise ValueError(f"latent_size must be at least 1, got {latent_size}")
-    arguments: dict[str, Any] = {
+    by_name: dict[str, dict[str, Any]] = {
         "bernoulli": {},
         "gaussian": {"scale": likelihood_scale, "learned": likelihood_learned},
         "categorical": {"levels": levels},
-    }[likelihood]
-    emission: Any = LIKELIHOODS[likelihood](**arguments)
+    }
+    emission: Any = LIKELIHOODS[likelihood](**by_name[likelihood])
     outputs = (emission.outputs_per_pixel, emission.squash)
     if network == "mlp":
         encoder = MLPEncoder(image_shape, latent_size, hidden, activation)
@@ -132,8 +131,3 @@ def centre(vae: FlatVAE, image_mean: Tensor) -> None:
         vae.encoder.image_mean.copy_(mean)
     if isinstance(vae.decoder, MLPDecoder) and vae.decoder.offset.numel() == mean.numel():
         vae.decoder.offset.copy_(mean.clamp(1e-4, 1 - 1e-4).logit())
-
-
-def _near(name: str) -> str:
-    close = difflib.get_close_matches(name, PRESETS, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -98,7 +98,9 @@ class FlatVAE(nn.Module):
     def group(self, state: FlatState, evidence: Evidence | None = None) -> Group:
         prior = self.prior
         rows = prior.rows(state.num) if hasattr(prior, "rows") else Repeated(prior, state.num)
-        return Group(rows, None if evidence is None else Normal(*evidence), context=None)
+        return Group(
+            rows, None if evidence is None else Normal(evidence[0], evidence[1]), context=None
+        )
 
     def advance(self, state: FlatState, z: Tensor) -> FlatState:
         return FlatState(state.num, z)

@@ -123,7 +123,12 @@ class ConvDecoder(nn.Module):
         blocks = [
             nn.Sequential(
                 nn.ConvTranspose2d(
-                    before, after, kernel, stride=2, padding=pad, output_padding=2 * pad + 2 - kernel
+                    before,
+                    after,
+                    kernel,
+                    stride=2,
+                    padding=pad,
+                    output_padding=2 * pad + 2 - kernel,
                 ),
                 nn.BatchNorm2d(after),
                 nn.ReLU(),

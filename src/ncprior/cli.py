@@ -1,0 +1,301 @@
+"""The command line. Torch is imported only once a command runs, so that --help answers at once."""
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ncprior",
+    help="Mend the prior of a variational autoencoder with noise contrastive priors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Which(StrEnum):
+    base = "base"
+    ncp = "ncp"
+    reconstruction = "reconstruction"
+
+
+class Sampler(StrEnum):
+    sir = "sir"
+    langevin = "langevin"
+
+
+class Base(StrEnum):
+    gaussian = "gaussian"
+    mixture = "mixture"
+
+
+class Preset(StrEnum):
+    small = "small"
+    large = "large"
+    published = "published"
+
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Resume = Annotated[bool, typer.Option(help="Go on where a stopped run was.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+Proposals = Annotated[int, typer.Option(min=1, help="SIR's pool for each draw.")]
+
+
+@app.command()
+def demo(
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/demo-SEED.")] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a VAE on real digits, see the hole in its prior, mend it, report. About a minute."""
+    from ncprior.figures import as_json as figures_as_json
+    from ncprior.pipeline import demo as run_demo
+
+    out = out or Path("runs") / f"demo-{seed}"
+    done = run_demo(out, seed=seed, resume=resume, overwrite=overwrite, progress=not as_json)
+    found = done["diagnosis"]
+    content = _flat(found.figures) | {
+        "seconds": round(done["seconds"], 1),
+        "seed": seed,
+        "run": str(out),
+        "report": str(done["report"]),
+        "warnings": found.warnings,
+        "figures": figures_as_json(found.figures),
+    }
+    _show(content, as_json, found)
+    if not as_json:
+        print(f"\n{done['seconds']:.0f} s. Open {done['report']}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; see recipes/.")],
+    out: Annotated[Path, typer.Option(help="Run directory to make.")],
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Stage 1: train the VAE of a recipe."""
+    from ncprior.pipeline import train_run
+    from ncprior.recipes import load_recipe
+
+    changes = {"device": device} if device else {}
+    run = train_run(
+        load_recipe(recipe),
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not as_json,
+        **changes,
+    )
+    last = _last_row(run.path / "logs" / "vae.csv")
+    _show({"run": str(run.path)} | last, as_json, f"VAE in {run.path}/vae. Next: ncprior fit {out}")
+
+
+@app.command()
+def fit(
+    run: RunArgument,
+    preset: Annotated[Preset | None, typer.Option(help="Size of the ratio network.")] = None,
+    base: Annotated[
+        Base | None, typer.Option(help="The density that the ratio multiplies.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps at most.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the fit.")] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Stage 2: fit a noise contrastive prior on the frozen VAE."""
+    from ncprior.diagnosis import held_out_figures
+    from ncprior.figures import as_text, table
+    from ncprior.pipeline import fit_run
+    from ncprior.runs import Run
+
+    given = {"preset": preset, "base": base, "steps": steps, "seed": seed, "device": device}
+    changes = {
+        k: str(v) if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None
+    }
+    prior = fit_run(
+        Run.open(run), resume=resume, overwrite=overwrite, progress=not as_json, **changes
+    )
+    figures = held_out_figures(prior)
+    warnings = [w for group in prior.record["groups"] for w in group["warnings"]]
+    content = _flat(figures) | {"run": str(run), "warnings": warnings}
+    lines = [
+        as_text(table(figures)),
+        *(f"! {w}" for w in warnings),
+        f"Next: ncprior diagnose {run}",
+    ]
+    _show(content, as_json, "\n".join(lines))
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="File to write, .npz; a .png beside it shows 64.")],
+    prior: Annotated[Which, typer.Option(help="What to draw from.")] = Which.ncp,
+    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    seed: Seed = 0,
+    sampler: Annotated[Sampler, typer.Option(help="How to draw from the NCP.")] = Sampler.sir,
+    proposals: Proposals = 5000,
+    temperature: Annotated[float, typer.Option(help="Factor on the base's deviation.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 500,
+    as_json: Json = False,
+) -> None:
+    """Draw images and latents into an .npz file."""
+    if out.suffix != ".npz":
+        raise ValueError(f"--out must end in .npz, got {out}")
+    from ncprior.pipeline import sample_run
+    from ncprior.report import grid
+    from ncprior.runs import Run
+    from ncprior.storage import write_bytes
+
+    draws = sample_run(
+        Run.open(run),
+        prior.value,
+        out,
+        seed=seed,
+        num=num,
+        sampler=sampler.value,
+        proposals=proposals,
+        temperature=temperature,
+        batch_size=batch_size,
+        progress=not as_json,
+    )
+    picture = out.with_suffix(".png")
+    write_bytes(picture, grid(draws.images[:64]))
+    content = {"out": str(out), "picture": str(picture), "prior": prior.value, "num": num}
+    _show(content | {"seed": seed}, as_json, f"{num} images in {out}; a look at them: {picture}")
+
+
+@app.command()
+def diagnose(
+    run: RunArgument,
+    samples: Annotated[int | None, typer.Option(min=40, help="Images from each source.")] = None,
+    proposals: Annotated[int | None, typer.Option(min=1, help="SIR's pool.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option(help="How to draw from the NCP.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how large the prior's hole is and how much of it the NCP closes."""
+    from ncprior.figures import as_json as figures_as_json
+    from ncprior.pipeline import diagnose_run
+    from ncprior.runs import Run
+
+    given = {
+        "samples": samples,
+        "proposals": proposals,
+        "sampler": sampler.value if sampler else None,
+        "seed": seed,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    found = diagnose_run(Run.open(run), progress=not as_json, **changes)
+    content = _flat(found.figures) | {
+        "warnings": found.warnings,
+        "figures": figures_as_json(found.figures),
+    }
+    _show(content, as_json, found)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    metrics: Annotated[str, typer.Option(help="Comma-separated: fd, nll.")] = "fd,nll",
+    samples: Annotated[int, typer.Option(min=40, help="Images for fd.")] = 10_000,
+    proposals: Proposals = 1000,
+    images: Annotated[int, typer.Option(min=2, help="Test images for nll.")] = 1000,
+    importance_samples: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 200,
+    log_z_draws: Annotated[int, typer.Option(min=2, help="Base draws for log Z.")] = 2_000_000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Score base prior and NCP: Frechet distance and negative log-likelihood."""
+    from ncprior.figures import as_json as figures_as_json
+    from ncprior.figures import as_text, table
+    from ncprior.pipeline import evaluate_run
+    from ncprior.runs import Run
+
+    figures = evaluate_run(
+        Run.open(run),
+        metrics=[name.strip() for name in metrics.split(",")],
+        samples=samples,
+        proposals=proposals,
+        images=images,
+        importance_samples=importance_samples,
+        log_z_draws=log_z_draws,
+        seed=seed,
+        progress=not as_json,
+    )
+    content = _flat(figures) | {"figures": figures_as_json(figures)}
+    _show(content, as_json, as_text(table(figures)))
+
+
+@app.command()
+def report(run: RunArgument, as_json: Json = False) -> None:
+    """Write RUN/report.html, one file that needs no network."""
+    from ncprior.report import write_report
+    from ncprior.runs import Run
+
+    path = write_report(Run.open(run))
+    _show({"report": str(path)}, as_json, f"Open {path}")
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        code = app(standalone_mode=False) or 0
+    except typer.Exit as done:
+        code = done.exit_code
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        code = _fail(str(stop) or "stopped; nothing is left half written", 130)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's, or the copy of it within typer
+        expected = isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError)
+        if os.environ.get("NCPRIOR_TRACEBACK") or not (usage or expected):
+            raise
+        message = usage() if usage else str(error)
+        code = _fail(message, 1 if type(error).__name__ == "Diverged" else 2)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ncprior: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show(content: dict[str, Any], as_json: bool, text: Any) -> None:
+    print(json.dumps(content) if as_json else text)
+
+
+def _flat(figures: Any) -> dict[str, float]:
+    """Values by name, and standard errors as NAME_se."""
+    values = {name: figure.value for name, figure in figures.items()}
+    errors = {f"{name}_se": f.se for name, f in figures.items() if f.se is not None}
+    return values | errors
+
+
+def _last_row(path: Path) -> dict[str, float]:
+    import csv
+
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: float(value) for name, value in rows[-1].items()} if rows else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Draw what the report shows, and write the page."""
+
+import base64
+import re
+import struct
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncprior import __version__
+from ncprior.data import ImageDataset, Splits
+from ncprior.diagnosis import held_out_figures
+from ncprior.evaluation import training_images
+from ncprior.generation import Draws, draw
+from ncprior.numerics import stream
+from ncprior.priors import NoiseContrastivePrior
+from ncprior.report import facts, plots, words
+from ncprior.report.pictures import grid
+from ncprior.runs import Run
+from ncprior.storage import write_bytes
+
+COLUMNS = 8
+Curves = dict[str, plots.History]  # by stage, "vae" and "ncp"
+
+
+class Picture(NamedTuple):
+    """One of the four grids of images."""
+
+    name: str  # also the colour
+    title: str
+    caption: str
+    source: str  # a data: address
+    width: int  # pixels
+    height: int
+
+
+def write_report(run: Run, *, num: int = 64, proposals: int = 1000, seed: int = 0) -> Path:
+    """Write `report.html` into a run: one file with everything in it, for screen and paper.
+
+    It shows what the run holds: a run without a prior or without measurements gives a shorter
+    report, which says what to do next.
+
+    Args:
+        run: A run with a trained VAE.
+        num: Images in each of the four grids; as many as there are test images at most.
+        proposals: SIR's pool for each NCP sample.
+        seed: Seed of what is drawn.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        FileNotFoundError: the run has no trained VAE yet.
+        ValueError: a count below 1, or a prior that was fitted on another VAE.
+    """
+    if num < 1 or proposals < 1:
+        raise ValueError(f"num and proposals must be at least 1, got {num=}, {proposals=}")
+    vae = run.load_vae()
+    prior = run.load_prior(vae) if run.has_prior else None
+    data, splits = run.load_data()
+    images, drawn = _draw(vae, prior, data, splits, num, proposals, seed)
+    page = _render(_content(run, vae, prior, data, images, drawn, proposals, seed))
+    path = run.path / "report.html"
+    write_bytes(path, page.encode())
+    return path
+
+
+def _draw(
+    vae: Any,
+    prior: NoiseContrastivePrior | None,
+    data: ImageDataset,
+    splits: Splits,
+    num: int,
+    proposals: int,
+    seed: int,
+) -> tuple[dict[str, Tensor], Draws | None]:
+    """Images by name, and the draws of the noise contrastive prior."""
+    order = torch.randperm(len(splits.test), generator=stream(seed, "report test images"))
+    num = min(num, len(order))
+    images = {"data": data.raw(splits.test[order[:num]])}
+    # More would be the same law, and a large data set need not be read for it.
+    some = torch.randperm(len(splits.train), generator=stream(seed, "report training images"))
+    rows = splits.train[some[: 10 * num]]
+    seen = training_images(data, splits._replace(train=rows), seed)
+    images["reconstruction"] = draw(vae, None, num, images=seen, seed=seed).images
+    images["base"] = draw(vae, None, num, seed=seed).images
+    if prior is None:
+        return images, None
+    drawn = draw(vae, prior, num, proposals=proposals, seed=seed)
+    return images | {"ncp": drawn.images}, drawn
+
+
+def _content(
+    run: Run,
+    vae: Any,
+    prior: NoiseContrastivePrior | None,
+    data: ImageDataset,
+    images: dict[str, Tensor],
+    drawn: Draws | None,
+    proposals: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that the template fills in."""
+    figures = run.metrics()
+    known = (held_out_figures(prior) if prior is not None else {}) | figures
+    curves = {stage: facts.read_curves(run.path / "logs" / f"{stage}.csv") for stage in STAGES}
+    name = words.shell_name(run)
+    return {
+        "data_name": data.name,
+        "run_name": run.path.resolve().name,
+        "version": __version__,
+        "made_with": run.config.get("version", ""),
+        "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        "shell_name": name,
+        "has_prior": prior is not None,
+        "verdict": words.verdict_of(figures, known, prior),
+        "warnings": words.warnings_of(figures, prior, drawn, proposals, name),
+        "cards": words.cards(known),
+        "missing": words.missing(known),
+        "pictures": [_picture(key, images[key], proposals) for key in images],
+        "base_note": words.base_note(prior),
+        "columns": COLUMNS,
+        "seed": seed,
+        "figures": [facts.figure_row(key, figure) for key, figure in figures.items()],
+        "distances": plots.frechet(figures) if {*DISTANCES} <= {*figures} else None,
+        "stage_1": _stage_1(curves["vae"]),
+        "stage_2": plots.nce(curves["ncp"], _best(prior)) if curves["ncp"] else None,
+        "fitted": facts.fitting(prior) if prior is not None else [],
+        "ratios": _ratio_plots(prior, drawn, proposals),
+        "facts": facts.tables(run, vae, prior, data),
+        "recipe": facts.recipe_text(run),
+        "commands": words.commands(name),
+    }
+
+
+STAGES = ("vae", "ncp")
+DISTANCES = ("fd_base", "fd_ncp", "fd_reconstruction")
+
+
+def _picture(name: str, images: Tensor, proposals: int) -> Picture:
+    title, caption = words.pictures(proposals)[name]
+    content = grid(images, COLUMNS)
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    width, height = struct.unpack(">II", content[16:24])  # where every PNG has them
+    return Picture(name, title, f"{len(images)} {caption}", source, width, height)
+
+
+def _best(prior: NoiseContrastivePrior | None) -> int | None:
+    return None if prior is None else prior.record.get("best_step")
+
+
+def _stage_1(history: plots.History) -> list[plots.Plot]:
+    return [plots.elbo(history), plots.kl(history)] if history else []
+
+
+def _ratio_plots(
+    prior: NoiseContrastivePrior | None, drawn: Draws | None, proposals: int
+) -> list[plots.Plot]:
+    """For each latent group what log r is like, and how many proposals count."""
+    if prior is None or drawn is None:
+        return []
+    found: list[plots.Plot] = []
+    groups = prior.record.get("groups", [])
+    for k, group in enumerate(groups):
+        label = k if len(groups) > 1 else None
+        found.append(plots.log_ratios(group, label))
+        found.append(plots.ess(drawn.ess[k].tolist(), proposals, label))
+    return found
+
+
+def _render(content: dict[str, Any]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    here = files("ncprior.report")
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters["minus_sign"] = _minus_sign
+    template = environment.from_string((here / "template.html").read_text("utf-8"))
+    return template.render(content, css=(here / "style.css").read_text("utf-8"))
+
+
+def _minus_sign(text: str) -> str:
+    """Hyphens before a digit as minus signs."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "−", text)

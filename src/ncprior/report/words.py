@@ -1,0 +1,204 @@
+"""What the report says in words."""
+
+import math
+import re
+import shlex
+from typing import Any, NamedTuple
+
+from ncprior.diagnosis import verdict
+from ncprior.figures import Figure, Figures
+from ncprior.generation import Draws
+from ncprior.priors import NoiseContrastivePrior
+from ncprior.ratios.nce import LOG_2
+from ncprior.runs import Run
+
+FEW_PROPOSALS = 3
+
+
+class Card(NamedTuple):
+    """A big number."""
+
+    label: str
+    value: str
+    error: str
+    text: str
+    share: float | None = None  # of what it could be, for a bar under the number
+
+
+def shell_name(run: Run) -> str:
+    """The run's name as a shell reads it."""
+    return shlex.quote(run.path.resolve().name)
+
+
+def verdict_of(measured: Figures, known: Figures, prior: NoiseContrastivePrior | None) -> str:
+    """Is the prior broken, and was it mended?
+
+    Args:
+        measured: What metrics.json holds.
+        known: The same, with what the prior's own record has.
+        prior: The prior, if it was fitted.
+    """
+    if {"fd_base", "fd_ncp", "fd_reconstruction", "gap_closed", "jsd"} <= {*measured}:
+        return verdict(measured)
+    if prior is None:
+        return (
+            "This run has a trained VAE and no noise contrastive prior yet, so nothing has been "
+            "measured. The images below are a first look: where base samples are worse than "
+            "reconstructions, the prior has a hole."
+        )
+    if "jsd" not in known:
+        return (
+            "A noise contrastive prior was fitted. How much nearer its samples are to the data has "
+            "not been measured yet."
+        )
+    jsd = known["jsd"]
+    interval = jsd.interval or (math.nan, math.nan)
+    return (
+        f"A noise contrastive prior was fitted. Its classifier tells posterior from prior with a "
+        f"JSD of {jsd.value:.3f} nats (95 % {interval[0]:.3f} to {interval[1]:.3f}; 0 without a "
+        f"hole, at most {LOG_2:.3f}). How much nearer its samples are to the data has not been "
+        "measured yet."
+    )
+
+
+def warnings_of(
+    measured: Figures,
+    prior: NoiseContrastivePrior | None,
+    drawn: Draws | None,
+    proposals: int,
+    name: str,
+) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    if prior is None or drawn is None:
+        return []
+    groups = prior.record.get("groups", [])
+    found = [
+        (f"Group {k}: " if len(groups) > 1 else "") + warning
+        for k, group in enumerate(groups)
+        for warning in group["warnings"]
+    ]
+    if drawn.ess.mean(1).min() < FEW_PROPOSALS:
+        found.append(
+            f"SIR’s pools of {proposals:,} hold fewer than {FEW_PROPOSALS} effective proposals: "
+            "samples repeat the few best. Raise proposals or use a base nearer to the posterior."
+        )
+    if len(groups) == 1 and "jsd" in measured and measured["jsd"].value != groups[0]["jsd"]:
+        found.append(
+            "The figures were measured for another prior than the one in this run: its JSD is "
+            f"{groups[0]['jsd']:.3f}, not {measured['jsd'].value:.3f}. Measure anew with "
+            f"'ncprior diagnose {name}'."
+        )
+    return found
+
+
+def cards(known: Figures) -> list[Card]:
+    """The big numbers, of those that were measured."""
+    found = []
+    if "gap_closed" in known:
+        found.append(_gap_card(known))
+    if "jsd" in known:
+        jsd = known["jsd"]
+        text = f"size of the hole in nats: 0 without one, {LOG_2:.3f} at most"
+        found.append(_card("JSD", jsd, text, jsd.value / LOG_2))
+    if "ess_share" in known:
+        ess = known["ess_share"]
+        percent = _percent(ess)
+        text = "of SIR’s proposals count in a draw; few mean that base and posterior are far apart"
+        found.append(_card("ESS share", percent, text, ess.value, unit=" %"))
+    if "log_z" in known:
+        text = f"nats, from {known['log_z'].samples:,} base draws; near 0 if the ratios are right"
+        found.append(_card("log Z", known["log_z"], text))
+    return found
+
+
+def _gap_card(known: Figures) -> Card:
+    base, closed = known.get("fd_base"), known["gap_closed"]
+    best = known.get("fd_reconstruction")
+    none = base and best and base.value - best.value <= 2 * (base.se or 0)
+    if none or not math.isfinite(closed.value):
+        text = "base samples are as near to the data as reconstructions: no gap to close"
+        return Card("Gap closed", "–", "", text)
+    text = "of the way in Frechet distance from base samples to reconstructions"
+    return _card("Gap closed", _percent(closed), text, closed.value, unit=" %")
+
+
+def _card(
+    label: str, figure: Figure, text: str, share: float | None = None, unit: str = ""
+) -> Card:
+    within = None if share is None else min(1.0, max(0.0, share))
+    return Card(
+        label, figure.text() + unit, figure.error() + unit * (not figure.interval), text, within
+    )
+
+
+def _percent(figure: Figure) -> Figure:
+    """The same in percent, with at most two decimals of an error."""
+    interval = figure.interval and (100 * figure.interval[0], 100 * figure.interval[1])
+    se = None if figure.se is None else 100 * figure.se
+    return figure._replace(value=100 * figure.value, se=se, interval=interval)
+
+
+def missing(known: Figures) -> list[str]:
+    """Big numbers that were not measured."""
+    labels = {"gap_closed": "gap closed", "jsd": "JSD", "ess_share": "ESS share", "log_z": "log Z"}
+    return [label for name, label in labels.items() if name not in known]
+
+
+def pictures(proposals: int) -> dict[str, tuple[str, str]]:
+    """Title of each grid, and what its images are."""
+    return {
+        "data": ("Data", "test images, which nothing was trained on"),
+        "reconstruction": (
+            "Reconstructions",
+            "decoded draws of the aggregate posterior: the best that any prior can do",
+        ),
+        "base": ("Base samples", "decoded draws of the VAE’s own prior"),
+        "ncp": (
+            "NCP samples",
+            f"decoded draws of the noise contrastive prior, each picked from {proposals:,} "
+            "proposals",
+        ),
+    }
+
+
+def base_note(prior: NoiseContrastivePrior | None) -> str:
+    """A caveat where the prior stands on another base than the VAE's own."""
+    name = "" if prior is None else base_name(prior)
+    if name in ("", "standard normal"):
+        return ""
+    return (
+        f"The noise contrastive prior of this run stands on a {name}, not on the VAE’s own prior: "
+        "JSD, log Z and ESS are measured against that base, whereas the base samples and their "
+        "Frechet distance are of the VAE’s own prior."
+    )
+
+
+def base_name(prior: NoiseContrastivePrior) -> str:
+    """The kind of a prior's base, such as "standard normal"; empty for the VAE's own."""
+    kind = "" if prior.base is None else type(prior.base).__name__
+    return " ".join(re.findall(r"[A-Z][a-z]*", kind)).lower().replace("gaussian", "Gaussian")
+
+
+def commands(name: str) -> list[tuple[str, str]]:
+    """What makes a run, and why."""
+    return [
+        (f"ncprior train recipe.toml --out {name}", "stage 1: train the VAE"),
+        (f"ncprior fit {name}", "stage 2: fit the noise contrastive prior"),
+        (f"ncprior diagnose {name}", "measure the hole and the gap closed"),
+        (f"ncprior report {name}", "write this page"),
+    ]
+
+
+def describe(value: Any) -> str:
+    """A setting as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(describe(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {describe(item)}" for name, item in value.items())
+    return str(value)

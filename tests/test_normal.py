@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, kl_divergence
+from torch.distributions import Normal as TorchNormal
+
+from ncprior.normal import Normal, StandardNormal
+
+
+@pytest.fixture
+def pair(rng):
+    """Two densities over events (4, 2) for three rows, ours and those of torch."""
+    found = []
+    for _ in range(2):
+        loc, raw = torch.randn(2, 3, 4, 2, generator=rng, dtype=torch.float64)
+        found.append((Normal(loc, raw.exp(), 2), Independent(TorchNormal(loc, raw.exp()), 2)))
+    return found
+
+
+def test_speaks_the_language_of_torch(pair, rng):
+    (ours, torchs), (other, torchs_other) = pair
+    assert ours.batch_shape == torchs.batch_shape and ours.event_shape == torchs.event_shape
+    z = torch.randn(5, 3, 4, 2, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(ours.log_prob(z), torchs.log_prob(z))
+    torch.testing.assert_close(ours.kl(other), kl_divergence(torchs, torchs_other))
+
+
+def test_gradient_flows_through_rsample_only():
+    loc = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    density = Normal(loc, torch.full_like(loc, 2.0))
+    assert not density.sample().requires_grad
+    density.rsample().sum().backward()
+    torch.testing.assert_close(loc.grad, torch.ones_like(loc))
+
+
+def test_moments_and_temperature(rng):
+    """4 standard errors for each of 3 coordinates."""
+    n = 50_000
+    loc = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    scale = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    z = Normal(loc, scale).tempered(0.5).sample((n,), generator=rng)
+    assert z.shape == (n, 3)
+    assert ((z.mean(0) - loc).abs() < 4 * 0.5 * scale / math.sqrt(n)).all()
+    assert ((z.var(0) / (0.5 * scale) ** 2 - 1).abs() < 4 * math.sqrt(2 / n)).all()
+
+
+def test_row(pair):
+    density, _ = pair[0]
+    z = torch.zeros(4, 2, dtype=torch.float64)
+    assert density.row(1).batch_shape == ()
+    torch.testing.assert_close(density.row(1).log_prob(z), density.log_prob(z)[1])
+
+
+def test_standard_normal_is_the_normal_of_its_name(rng):
+    standard, z = StandardNormal(3).double(), torch.randn(5, 3, generator=rng, dtype=torch.float64)
+    expected = TorchNormal(0.0, 1.0).log_prob(z).sum(1)
+    for density in (standard, standard.rows(5), standard.tempered(1.0)):
+        torch.testing.assert_close(density.log_prob(z), expected)
+    assert standard.event_shape == (3,) and standard.rows(5).batch_shape == (5,)
+    assert standard.tempered(0.3).scale.tolist() == [0.3] * 3
+    draws = standard.sample((2, 4), generator=rng)
+    assert draws.shape == (2, 4, 3) and draws.dtype == torch.float64
