@@ -33,7 +33,7 @@ def test_from_prior_follows_the_chain(rng):
     vae, n, t = TwoGroups(), 20_000, 0.8
     with torch.no_grad():
         z1, z2 = walk(vae, from_prior(rng, t), n).latents
-    b, s, count = float(vae.b), vae.s, 3 * n
+    b, s, count = vae.b.item(), vae.s, 3 * n
     v1, v2, cov = t**2, t**2 * (b**2 + s**2), b * t**2
     assert abs(z1.var() - v1) < 4 * v1 * math.sqrt(2 / count)
     assert abs(z2.var() - v2) < 4 * v2 * math.sqrt(2 / count)
@@ -121,7 +121,7 @@ def test_elbo_gradient_is_that_of_the_evidence(images, rng):
     vae = ExactFlat(3)
     grads = []
     for _ in range(400):
-        loss, _ = Elbo(vae)(images.expand(-1, -1, -1, -1), rng)
+        loss, _ = Elbo(vae)(images, rng)
         grads.append(torch.autograd.grad(-loss, vae.decoder.c)[0])
     grads, h = torch.stack(grads), 1e-5
 
@@ -130,6 +130,6 @@ def test_elbo_gradient_is_that_of_the_evidence(images, rng):
         normal = torch.distributions.Normal(torch.tensor(0.5, dtype=torch.float64), spread)
         return normal.log_prob(images).flatten(1).sum(1).mean()
 
-    c = float(vae.decoder.c)
+    c = vae.decoder.c.item()
     expected = (evidence(c + h) - evidence(c - h)) / (2 * h)
     assert abs(grads.mean() - expected) < 4 * grads.std() / 20

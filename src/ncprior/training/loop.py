@@ -128,7 +128,9 @@ def optimise(
             step_seed = stream_seed(
                 seed, place.stage, step * fabric.world_size + fabric.global_rank
             )
-            torch.manual_seed(step_seed)
+            torch.default_generator.manual_seed(step_seed)  # torch.manual_seed takes far longer
+            if devices:
+                torch.cuda.manual_seed(step_seed)
             generator.manual_seed(step_seed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * cosine(step, steps, warmup)

@@ -1,0 +1,114 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.mixture import GaussianMixture as Fit
+
+from ncprior import GaussianMixture
+
+
+def doubles(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture
+def mixture():
+    """Three components in the plane, with correlations."""
+    found = GaussianMixture(3, 2).double()
+    found.set(
+        doubles([0.2, 0.5, 0.3]).log(),
+        doubles([[-2.0, 0.0], [1.0, 1.0], [0.5, -2.0]]),
+        doubles([[[0.5, 0.0], [0.3, 0.4]], [[1.0, 0.0], [-0.5, 0.7]], [[0.3, 0.0], [0.0, 0.3]]]),
+    )
+    return found
+
+
+def moments(mixture):
+    """Mean (d,) and covariance (d, d) in closed form."""
+    w, mu = mixture.log_weights.exp(), mixture.means
+    mean = w @ mu
+    second = mixture.cholesky @ mixture.cholesky.mT + mu[:, :, None] * mu[:, None]
+    return mean, (w[:, None, None] * second).sum(0) - torch.outer(mean, mean)
+
+
+def test_new_mixture_is_the_standard_normal(rng):
+    z = torch.randn(7, 3, generator=rng, dtype=torch.float64)
+    expected = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
+    torch.testing.assert_close(GaussianMixture(4, 3).double().log_prob(z), expected)
+
+
+def test_log_prob_against_scipy(mixture, rng):
+    z = 2 * torch.randn(4, 5, 2, generator=rng, dtype=torch.float64)
+    covariances = mixture.cholesky @ mixture.cholesky.mT
+    parts = (mixture.log_weights.exp(), mixture.means, covariances)
+    each = zip(*(part.numpy() for part in parts), strict=True)
+    density = sum(w * multivariate_normal(m, c).pdf(z.numpy()) for w, m, c in each)
+    torch.testing.assert_close(mixture.log_prob(z), torch.from_numpy(np.log(density)))
+
+
+def test_integrates_to_one(mixture):
+    """By the trapezoidal rule, which is exact to rounding for smooth functions that vanish."""
+    axis = torch.linspace(-9, 9, 601, dtype=torch.float64)
+    for density in (mixture, mixture.tempered(0.6)):
+        values = density.log_prob(torch.cartesian_prod(axis, axis)).exp()
+        assert float(values.sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sample_moments(mixture, temperature, rng):
+    """4 standard errors of means and of a linear statistic's second moment."""
+    n = 60_000
+    density = mixture.tempered(temperature)
+    z = density.sample((n // 3, 3), generator=rng)
+    assert z.shape == (n // 3, 3, 2) and z.dtype == torch.float64
+    z, (mean, covariance) = z.view(n, 2), moments(density)
+    assert ((z.mean(0) - mean).abs() < 4 * (covariance.diagonal() / n).sqrt()).all()
+    centred = z - mean
+    products = centred[:, :, None] * centred[:, None]
+    assert ((products.mean(0) - covariance).abs() < 4 * products.std(0) / math.sqrt(n)).all()
+
+
+def test_samples_visit_components_by_weight(mixture, rng):
+    n = 20_000
+    narrow = mixture.tempered(1e-3).sample((n,), generator=rng)
+    nearest = torch.cdist(narrow, mixture.means).argmin(1)
+    shares, weights = torch.bincount(nearest) / n, mixture.log_weights.exp()
+    assert ((shares - weights).abs() < 4 * (weights * (1 - weights) / n).sqrt()).all()
+
+
+def test_temperature_one_is_itself(mixture):
+    assert mixture.tempered(1.0) is mixture
+    assert mixture.sample((), generator=torch.Generator()).shape == (2,)
+
+
+def test_fit_is_that_of_scikit_learn(mixture, rng):
+    codes = mixture.sample((600,), generator=rng)
+    expected = Fit(3, max_iter=2000, random_state=0).fit(codes.numpy())
+    found = GaussianMixture.fit(codes, 3).double()
+    # Weights are kept in single precision.
+    torch.testing.assert_close(
+        found.log_prob(codes), torch.from_numpy(expected.score_samples(codes)), rtol=0, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(5, 2), "n of at least 10, got"),
+        (torch.zeros(20), r"codes must be \(n, d\)"),
+        (torch.full((20, 2), math.nan), "codes must be finite"),
+    ],
+)
+def test_codes_that_cannot_be_fitted(codes, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianMixture.fit(codes)
+
+
+def test_config_makes_the_same_shape(mixture):
+    other = GaussianMixture(**mixture.config).double()
+    other.load_state_dict(mixture.state_dict())
+    z = torch.zeros(1, 2, dtype=torch.float64)
+    assert other.event_shape == (2,) and other.batch_shape == ()
+    torch.testing.assert_close(other.log_prob(z), mixture.log_prob(z), rtol=0, atol=0)
