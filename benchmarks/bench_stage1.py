@@ -15,7 +15,7 @@ from ncprior.training.loop import Place, make_fabric, optimise
 from ncprior.training.vae import _VAEJob
 from ncprior.vaes import build_vae
 
-BATCH, STEPS = 256, 60
+BATCH, STEPS = 256, 100
 
 
 def mnist() -> ImageDataset:

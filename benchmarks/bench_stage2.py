@@ -15,7 +15,7 @@ from ncprior.training.ratios import PRESETS, _heldout_pairs, _new_ratios, _Ratio
 from ncprior.numerics import stream
 from ncprior.vaes import build_vae
 
-BATCH, STEPS = 512, 40
+BATCH, STEPS = 512, 100
 
 
 class Block(nn.Module):
@@ -84,6 +84,7 @@ def main() -> None:
                 _new_ratios(PRESETS[preset], pairs, 0), vae, table, pairs[:1],
                 batch_size=BATCH, patience=99, seed=0,
             )  # fmt: skip
+            table.step = -1  # as a long run would find it, not rebuilt for these few steps
             job.evaluate = lambda step: {}  # type: ignore[method-assign]
             optimise(
                 job, fabric, place=Place(), steps=STEPS, learning_rate=1e-3,

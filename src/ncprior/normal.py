@@ -53,9 +53,9 @@ class Normal:
 
     def kl(self, other: "Normal") -> Tensor:
         """KL(self || other) in nats, of the batch shape, in closed form."""
-        ratio = (self.scale / other.scale).square()
-        shift = ((self.loc - other.loc) / other.scale).square()
-        return self._over_event(0.5 * (ratio + shift - 1 - ratio.log()))
+        ratio = self.scale / other.scale
+        shift = (self.loc - other.loc) / other.scale
+        return self._over_event(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())
 
     def tempered(self, temperature: float) -> "Normal":
         """The same mean, the standard deviation times `temperature`."""

@@ -104,3 +104,10 @@ def stream(
 ) -> Generator:
     """The generator of stream `index` of `purpose`."""
     return Generator(device).manual_seed(stream_seed(seed, purpose, index))
+
+
+def random_bytes(count: int, generator: Generator | None = None) -> Tensor:
+    """Uniform bytes on the CPU, (count,), uint8; drawn eight at a time as whole 64-bit words."""
+    words = torch.empty((count + 7) // 8, dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)  # None: up to the largest int64 included
+    return words.view(torch.uint8)[:count]

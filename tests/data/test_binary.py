@@ -49,16 +49,16 @@ def test_law_of_fixed_draw():
 def test_first_byte_decides_exactly(monkeypatch):
     """Over all 256 bytes a grey p gives exactly p ones, and one tie that goes to the rest."""
     every_pair = EVERY.repeat_interleave(256)  # greys, each with all bytes
-    monkeypatch.setattr(binary, "_random_bytes", lambda count, generator: EVERY.repeat(256))
+    monkeypatch.setattr(binary, "random_bytes", lambda count, generator: EVERY.repeat(256))
     for rest, tie in [(0.0, EVERY > 0), (1 - 2**-24, EVERY == 255)]:
         monkeypatch.setattr(torch, "rand", lambda shape, rest=rest, **_: torch.full(shape, rest))
         ones = draw_binary(every_pair, generator=torch.Generator()).view(256, 256).sum(1)
         assert torch.equal(ones, EVERY + tie.float())
 
 
-def test_random_bytes_are_uniform_and_independent():
+def testrandom_bytes_are_uniform_and_independent():
     count = 2_560_003  # not a multiple of 8
-    bytes_ = binary._random_bytes(count, torch.Generator().manual_seed(3)).numpy()
+    bytes_ = binary.random_bytes(count, torch.Generator().manual_seed(3)).numpy()
     assert bytes_.shape == (count,)
     # Chi-square with 255 (then 65,535) degrees of freedom, 5 standard deviations either side.
     pairs = bytes_[:-1].astype(np.int64) * 256 + bytes_[1:]

@@ -55,7 +55,7 @@ def test_a_constant_ratio_moves_the_bound_by_itself(images, rng):
 
 def test_bound_rises_to_the_evidence(images, rng):
     """With a posterior twice too wide: below log p(x), and nearer to it with more samples."""
-    vae, copies = TwoGroups(2, widen=2.0), 400
+    vae, copies = TwoGroups(2, widen=2.0), 4000
     many = images[:1].expand(copies, -1, -1, -1)
     exact = float(vae.log_evidence(images[:1]))
     gaps = []

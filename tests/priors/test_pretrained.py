@@ -93,7 +93,7 @@ def test_weights_of_another_size(saved):
     config = json.loads(file.read_text())
     config["ratios"][0]["latent_size"] = 7
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="do not fit its config.json"):
+    with pytest.raises(ValueError, match=r"do not fit its config\.json"):
         NoiseContrastivePrior.from_pretrained(saved)
 
 

@@ -110,7 +110,7 @@ def test_number_of_generators(rng):
 
 @pytest.mark.parametrize(
     "density",
-    [lambda z: z.sum(-1) * math.nan, lambda z: -z.square().sum(-1) ** 3],
+    [lambda z: z.sum(-1) * math.nan, lambda z: -(z.square().sum(-1) ** 3)],
     ids=["NaN", "explodes"],
 )
 def test_not_finite_stops(density, rng):

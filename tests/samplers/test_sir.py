@@ -38,9 +38,9 @@ def test_tilted_gaussian(rng):
     assert abs(found.samples.mean() - a) < 4 / math.sqrt(n) + bias
     assert abs(found.samples.var() - 1) < 4 * math.sqrt(2 / n) + bias
 
-    # With A = mean(w) / E w and B = mean(w^2) / E w^2 we have ESS / m = exp(-a^2) A^2 / B. To second
-    # order its relative bias is Var(A - B) and its relative variance Var(2 A - B); m Var A = v1 and
-    # so on are moments of log-normal weights.
+    # With A = mean(w) / E w and B = mean(w^2) / E w^2, ESS / m = exp(-a^2) A^2 / B. To second order
+    # its relative bias is Var(A - B) and its relative variance Var(2 A - B). Log-normal weights
+    # have m Var A = v1, m Var B = v2 and m Cov(A, B) = v12.
     v1, v2, v12 = (math.expm1(c * a**2) for c in (1, 4, 2))
     expected = math.exp(-(a**2)) * (1 + (v1 + v2 - 2 * v12) / m)
     error = 4 * math.sqrt((4 * v1 + v2 - 4 * v12) / m / n)

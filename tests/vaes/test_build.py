@@ -34,7 +34,7 @@ def test_presets(preset, shape, n):
         emission = through(vae, images)
     assert emission.mean.shape == images.shape
     assert emission.log_prob(images).isfinite().all()
-    assert 0 <= emission.mean.min() and emission.mean.max() <= 1
+    assert emission.mean.min() >= 0 and emission.mean.max() <= 1
     assert vae.latent_size == PRESETS[preset]["latent_size"]
 
 

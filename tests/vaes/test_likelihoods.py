@@ -86,8 +86,10 @@ def test_categorical_sample_law(rng):
 
 @pytest.mark.parametrize(
     ("emission", "variance"),
-    [(Bernoulli()(torch.zeros(20_000, 1, 1, 1).double()), 0.25),
-     (Gaussian(0.2).double()(torch.full((20_000, 1, 1, 1), 0.5).double()), 0.04)],
+    [
+        (Bernoulli()(torch.zeros(20_000, 1, 1, 1).double()), 0.25),
+        (Gaussian(0.2).double()(torch.full((20_000, 1, 1, 1), 0.5).double()), 0.04),
+    ],
     ids=["bernoulli", "gaussian"],
 )
 def test_sample_moments(emission, variance, rng):

@@ -6,6 +6,7 @@ averaged: on small data single classifiers over-fit and a sampler finds their mi
 
 import itertools
 import math
+from functools import partial
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncprior.numerics import random_bytes
+from ncprior.ratios.scratch import scratch
+
 ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
+IN_PLACE = {"tanh": torch.tanh_, "relu": torch.relu_, "silu": partial(F.silu, inplace=True)}
+ACTIVATION_NUMBERS = 1 << 19
+"""Numbers of a layer's output at which sampling is fastest: they stay in a core's cache."""
 
 
 class RatioNetwork(nn.Module):
@@ -26,6 +33,7 @@ class RatioNetwork(nn.Module):
     inverse_spread: Tensor
     temperature: Tensor
     shift: Tensor
+    widest: int  # width of the largest layer
 
     def __init__(self, latent_size: int, members: int) -> None:
         super().__init__()
@@ -45,12 +53,19 @@ class RatioNetwork(nn.Module):
 
     def member_logits(self, z: Tensor) -> Tensor:
         """Uncalibrated logits (E, n) at z (n, d), or at z (E, n, d) with rows for each member."""
-        x = (z - self.center) * self.inverse_spread
+        x = torch.addcmul(-self.center * self.inverse_spread, z, self.inverse_spread)
         return self.logits(x if z.ndim == 3 else x.expand(self.members, -1, -1))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """log r(z) in nats for z (n, d), shape (n,)."""
-        return torch.addcmul(self.shift, self.member_logits(z).mean(0), self.temperature)
+        logits = self.member_logits(z)
+        mean = logits[0] if self.members == 1 else logits.mean(0)
+        return torch.addcmul(self.shift, mean, self.temperature)
+
+    @property
+    def chunk(self) -> int:
+        """Proposals to weigh at a time."""
+        return max(256, ACTIVATION_NUMBERS // (self.members * self.widest))
 
     @torch.no_grad()
     def standardize(self, z: Tensor) -> None:
@@ -89,15 +104,18 @@ class MLPRatio(RatioNetwork):
             "activation": activation,
             "members": members,
         }
-        self.activation: Any = ACTIVATIONS[activation]
+        self.activation = activation
+        self.widest = max(hidden)
         self.layers = nn.ModuleList(
             EnsembleLinear(members, before, after)
             for before, after in itertools.pairwise([latent_size, *hidden, 1])
         )
 
     def logits(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
+        training = torch.is_grad_enabled()
+        activation = (ACTIVATIONS if training else IN_PLACE)[self.activation]
+        for i, layer in enumerate(self.layers[:-1]):
+            x = activation(layer(x, None if training else i % 2))
         return self.layers[-1](x).squeeze(-1)
 
 
@@ -124,9 +142,9 @@ class ResidualRatio(RatioNetwork):
         members: int = 8,
     ) -> None:
         super().__init__(latent_size, members)
-        if width < 1 or blocks < 1 or not 0 <= dropout < 1:
+        if width < 1 or blocks < 1 or not 0 <= dropout <= 0.9:
             raise ValueError(
-                f"width and blocks must be at least 1 and dropout in [0, 1), "
+                f"width and blocks must be at least 1 and dropout in [0, 0.9], "
                 f"got {width=}, {blocks=}, {dropout=}"
             )
         self.config: dict[str, Any] = {
@@ -137,7 +155,8 @@ class ResidualRatio(RatioNetwork):
             "dropout": dropout,
             "members": members,
         }
-        self.width, self.dropout = width, dropout
+        self.width = self.widest = width
+        self.dropout = dropout
         self.stem = EnsembleLinear(members, latent_size, width)
         self.blocks: Any = nn.ModuleList(
             nn.ModuleList([EnsembleLinear(members, width, width) for _ in range(2)])
@@ -146,11 +165,28 @@ class ResidualRatio(RatioNetwork):
         self.head = EnsembleLinear(members, width, 1)
 
     def logits(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+        training = torch.is_grad_enabled()
+        silu = (ACTIVATIONS if training else IN_PLACE)["silu"]
+        keep = [None] * 3 if training else [0, 1, 2]
+        x = self.stem(x, keep[0])
         for enter, leave in self.blocks:
-            hidden = F.silu(enter(F.layer_norm(x, (self.width,))))
-            x = x + leave(F.dropout(hidden, self.dropout, self.training))
-        return self.head(F.silu(F.layer_norm(x, (self.width,)))).squeeze(-1)
+            hidden = silu(enter(F.layer_norm(x, (self.width,)), keep[1]))
+            change = leave(dropout(hidden, self.dropout) if self.training else hidden, keep[2])
+            x = x + change if training else x.add_(change)
+        return self.head(silu(F.layer_norm(x, (self.width,)))).squeeze(-1)
+
+
+def dropout(x: Tensor, share: float) -> Tensor:
+    """x with about `share` of its numbers zeroed and the others scaled up so that the mean stays.
+
+    On the CPU the share is rounded to 1/256, so that one random byte decides about each number:
+    torch's own dropout would take a third of a training step.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, share)
+    zeroed = round(256 * share)
+    kept = random_bytes(x.numel()).ge(zeroed).view(torch.uint8).to(x.dtype)
+    return x * kept.mul_(256 / (256 - zeroed)).view(x.shape)
 
 
 class EnsembleLinear(nn.Module):
@@ -162,10 +198,14 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, before, after).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(members, 1, after))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if len(self.weight) == 1:  # the plain product is faster than a batch of one
-            return torch.addmm(self.bias[0], x[0], self.weight[0])[None]
-        return torch.baddbmm(self.bias, x, self.weight)
+    def forward(self, x: Tensor, slot: int | None = None) -> Tensor:
+        """The product, in memory of its own or, without gradient, in scratch block `slot`."""
+        members, _, after = self.weight.shape
+        out = None if slot is None else scratch(slot, x, (members, x.shape[1], after))
+        if members == 1:  # the plain product is faster than a batch of one
+            into = None if out is None else out[0]
+            return torch.addmm(self.bias[0], x[0], self.weight[0], out=into)[None]
+        return torch.baddbmm(self.bias, x, self.weight, out=out)
 
 
 NETWORKS: dict[str, type[RatioNetwork]] = {"mlp": MLPRatio, "residual": ResidualRatio}

@@ -31,7 +31,7 @@ def sir(
 
     Each of the n draws is picked from a pool of its own, so draws are independent; the error of
     their law is O(1/m). Pools are streamed: with Gumbel noise g, the pick is the largest
-    log r + g so far, so that only `chunk` proposals are held at a time.
+    log r + g so far, so that only a few chunks of proposals are held at a time.
 
     Args:
         propose: (i, k, generator) to k draws of the base prior for draw i, (k, *event).
@@ -41,8 +41,8 @@ def sir(
         m: Proposals per draw.
         generator: Source of all randomness, on the device of the proposals; or one for each draw,
             which then depends on nothing else, neither n nor `chunk`.
-        chunk: About how many proposals are held and weighed at a time. It changes speed and memory,
-            never the law.
+        chunk: About how many proposals are weighed at a time, and a quarter of how many are held.
+            It changes speed and memory, never the law.
 
     Raises:
         ValueError: n, m or chunk below 1, a wrong number of generators, a log_ratio of the wrong
@@ -56,12 +56,13 @@ def sir(
     if len(generators) != n:
         raise ValueError(f"generator must be one or {n} (one a draw), got {len(generators)}")
 
-    together = max(1, chunk // min(m, BLOCK))
-    parts = []
+    together = max(1, 4 * chunk // min(m, BLOCK))
+    parts, held = [], None
     for first in range(0, n, together):
         draws = slice(first, min(first + together, n))
-        pools = [_Pool(propose, i, m, generators[i]) for i in range(draws.start, draws.stop)]
-        parts.append(_resample(pools, log_ratio, draws, m, chunk))
+        streams = [_Stream(propose, i, m, generators[i]) for i in range(n)[draws]]
+        *part, held = _resample(streams, log_ratio, draws, m, chunk, held)
+        parts.append(part)
     return SIRResult(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -69,7 +70,7 @@ State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Best score, its z, largest log-ratio, sum and sum of squares of weights relative to it."""
 
 
-class _Pool:
+class _Stream:
     """The stream of one draw: blocks of proposals, each with its uniform numbers."""
 
     def __init__(
@@ -85,21 +86,30 @@ class _Pool:
 
 
 def _resample(
-    pools: list[_Pool],
+    streams: list[_Stream],
     log_ratio: Callable[[Tensor, slice], Tensor],
     draws: slice,
     m: int,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The picks, pool sizes and log mean ratios of a few draws, block by block."""
-    rows = torch.arange(len(pools))
+    held: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Picks, pool sizes and log mean ratios of a few draws; and the block of memory, for the next.
+
+    Filling one block again and again keeps it in the cache; fresh ones cost more than their numbers.
+    """
+    rows = torch.arange(len(streams))
     state: State | None = None
     for first in range(0, m, BLOCK):
-        blocks = [pool.block(first) for pool in pools]
-        z = torch.stack([block[0] for block in blocks])  # (j, k, *event)
+        blocks = [stream.block(first) for stream in streams]
+        k, event = len(blocks[0][0]), blocks[0][0].shape[1:]
+        if held is None:
+            held = blocks[0][0].new_empty((len(streams), k, *event))
+        z = held[: len(streams), :k]  # (j, k, *event)
+        torch.stack([block[0] for block in blocks], out=z)
         log_w = _weigh(log_ratio, z, draws, chunk)  # (j, k)
-        uniform = torch.stack([block[1] for block in blocks])
-        score, pick = (log_w - (-uniform.log()).log()).max(1)
+        uniform = torch.stack([block[1] for block in blocks]).to(log_w.dtype)
+        exponential = uniform.neg_().log1p_().neg_()  # exact where it is small: where it matters
+        score, pick = (log_w - exponential.log_()).max(1)
         top = log_w.amax(1)  # keeps NaN
         if not (top < torch.inf).all():
             raise ValueError("log_ratio returned NaN or +inf; its network is not usable")
@@ -111,22 +121,29 @@ def _resample(
     if not top.isfinite().all():
         raise ValueError("a pool has only log-ratios of -inf; raise the number of proposals")
     log_z = top.double() + total.double().log() - math.log(m)
-    return samples, total.square() / squares, log_z
+    assert held is not None
+    return samples, total.square() / squares, log_z, held
 
 
 def _weigh(
     log_ratio: Callable[[Tensor, slice], Tensor], z: Tensor, draws: slice, chunk: int
 ) -> Tensor:
-    width = max(1, chunk // z.shape[0])
-    parts = []
-    for piece in z.split(width, dim=1):
-        log_w = log_ratio(piece, draws)
-        if log_w.shape != piece.shape[:2]:
-            raise ValueError(
-                f"log_ratio must return shape {tuple(piece.shape[:2])}, got {tuple(log_w.shape)}"
-            )
-        parts.append(log_w)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    """log r of z (j, k, *event), about `chunk` at a time: some draws, or part of one's block."""
+    j, k = z.shape[:2]
+    rows, width = max(1, chunk // k), min(k, chunk)
+    log_w = torch.empty(j, k, device=z.device, dtype=z.dtype)
+    for i in range(0, j, rows):
+        some = slice(draws.start + i, min(draws.start + i + rows, draws.stop))
+        for first in range(0, k, width):
+            piece = z[i : i + rows, first : first + width]
+            found = log_ratio(piece, some)
+            if found.shape != piece.shape[:2]:
+                raise ValueError(
+                    f"log_ratio must return shape {tuple(piece.shape[:2])}, "
+                    f"got {tuple(found.shape)}"
+                )
+            log_w[i : i + rows, first : first + width] = found
+    return log_w
 
 
 def _merge(old: State, new: State) -> State:

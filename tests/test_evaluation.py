@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+from toys import ExactFlat, gaussian_images, standard_normal
+
+import ncprior
+from ncprior.data import random_splits
+from ncprior.evaluation import draw_each, frechet_figures, gap_closed, nll_figures, training_images
+from ncprior.metrics import moment_blocks
+
+
+class Double(ExactFlat):
+    """`ExactFlat` that reads the single precision of data sets."""
+
+    def encode(self, images):
+        return super().encode(images.double())
+
+
+class Tilt(torch.nn.Module):
+    def forward(self, z, context=None):
+        return 0.4 * z.sum(-1)
+
+
+def tilted():
+    return ncprior.NoiseContrastivePrior([Tilt()], standard_normal(2))
+
+
+@pytest.fixture
+def data(rng):
+    return ncprior.ImageDataset(gaussian_images(500, rng))
+
+
+@pytest.fixture
+def splits():
+    return random_splits(500, 50, 120, seed=0)
+
+
+def test_nll_of_a_known_model(data, splits):
+    """The base's exactly; the NCP's, N(0.4, I), within the error of its weights and log Z."""
+    vae = Double(sigma=0.05, c=0.1)
+    found = nll_figures(vae, data, splits, tilted(), images=100, log_z_draws=20_000)
+    x = data.raw(splits.test[:100]).double()
+    base = -vae.log_evidence(x)
+    assert found["nll_base"].value == pytest.approx(float(base.mean()), abs=1e-5)
+    assert found["nll_base"].se == pytest.approx(float(base.std()) / 10, rel=1e-4)
+
+    shifted = torch.distributions.Normal(0.5 + 0.1 * 0.4, vae.spread)
+    ncp = -shifted.log_prob(x).flatten(1).sum(1)
+    log_z = found["log_z"]
+    assert abs(log_z.value - 0.4**2) < 4 * log_z.se
+    # 200 weights exp(0.4 z) an image, of variance about 2 * 0.16 * 0.2; averaged over 100 images.
+    error = 4 * math.sqrt(log_z.se**2 + 0.064 / 200 / 100) + 0.064 / 400
+    assert abs(found["nll_ncp"].value - float(ncp.mean())) < error
+    gain = found["nll_base"].value - found["nll_ncp"].value
+    assert found["nll_gain"].value == pytest.approx(gain, abs=1e-9)
+    assert found["nll_ncp"].se > log_z.se
+
+
+def test_same_seed_same_figures(data, splits):
+    options = {"images": 20, "importance_samples": 3, "log_z_draws": 100}
+    a, b, c = (nll_figures(Double(), data, splits, tilted(), seed=s, **options) for s in (0, 0, 1))
+    assert a == b and a["nll_ncp"].value != c["nll_ncp"].value
+
+
+def test_gap_closed(rng):
+    def at(shift):
+        return moment_blocks(shift + torch.randn(4000, 2, generator=rng, dtype=torch.float64))
+
+    target, far, near = at(0.0), at(2.0), at(0.2)
+    assert gap_closed(far, far, near, target) == 0
+    assert gap_closed(far, near, near, target) == pytest.approx(1)
+    # Distances 8, 2 and 0.08 in closed form; 4 standard errors of |shift|^2.
+    middle = gap_closed(far, at(1.0), near, target)
+    assert middle == pytest.approx(6 / 7.92, abs=4 * 4 * 2 / math.sqrt(2000) / 7.92)
+
+
+def test_frechet_figures_of_the_data_themselves(data, splits):
+    """A perfect prior closes the gap; all distances name their space and their counts."""
+    vae = Double(sigma=0.01, c=0.08)
+    drawn = draw_each(vae, tilted(), data, splits, 400, proposals=50)
+    found = frechet_figures(drawn, data, splits)
+    assert set(found) == {"fd_base", "fd_ncp", "fd_reconstruction", "gap_closed"}
+    # The base is right and the tilt moves it by 0.4 * 0.08 per pixel.
+    assert found["fd_ncp"].value == pytest.approx(2 * 0.032**2, abs=4 * found["fd_ncp"].se + 3e-4)
+    assert found["fd_base"].value < 4 * found["fd_base"].se + 3e-4
+    assert "pixels" in found["fd_ncp"].unit and found["fd_ncp"].samples == 400
+
+
+def test_training_images_are_as_the_encoder_reads_them(binary_digits):
+    data, splits = binary_digits
+    images = training_images(data, splits, seed=0)
+    assert len(images) == len(splits.train) and images.unique().tolist() == [0, 1]
+    assert torch.equal(images, training_images(data, splits, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ["fid"]}, "metrics must be fd or nll, got fid"),
+        ({"metrics": ["nll"], "images": 1}, "images and log_z_draws must be at least 2"),
+        ({"metrics": ["fd"], "samples": 10}, "samples must be at least 40"),
+    ],
+)
+def test_arguments(options, message, data, splits):
+    with pytest.raises(ValueError, match=message):
+        ncprior.evaluate(Double(), tilted(), data, splits, **options)
+
+
+def test_fd_needs_a_prior(data, splits):
+    with pytest.raises(ValueError, match='"fd" compares priors'):
+        ncprior.evaluate(Double(), None, data, splits)
+
+
+def test_evaluate_measures_both(data, splits):
+    options = {"samples": 60, "proposals": 10, "images": 5, "log_z_draws": 100}
+    found = ncprior.evaluate(Double(), tilted(), data, splits, **options)
+    assert {"nll_base", "nll_ncp", "nll_gain", "log_z", "fd_base", "gap_closed"} <= set(found)

@@ -1,0 +1,41 @@
+import math
+
+import pytest
+
+from ncprior.figures import Figure, as_json, as_text, from_json, table
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "text"),
+    [
+        (1.23456, None, "1.235"),
+        (1.23456, 0.02, "1.235"),
+        (1.23456, 0.0004, "1.23456"),
+        (123.456, 3.0, "123.5"),
+        (1.23456, 0.0, "1.235"),
+        (1.23456, math.nan, "1.235"),
+        (1.23456789, 1e-9, "1.234568"),
+    ],
+)
+def test_as_many_digits_as_the_error_supports(value, se, text):
+    assert Figure(value, "nats", 10, 0, se).text() == text
+
+
+def test_error():
+    assert Figure(1.0, "nats", 10, 0, 0.0213).error() == "± 0.021"
+    assert Figure(1.0, "nats", 10, 0, interval=(0.5, 1.5)).error() == "[0.500, 1.500]"
+    assert Figure(1.0, "nats", 10, 0).error() == Figure(1.0, "nats", 10, 0, math.nan).error() == ""
+
+
+def test_json_round_trip():
+    figures = {
+        "a": Figure(1.0, "nats", 10, 3, 0.1, note="held out"),
+        "b": Figure(2.0, "share", 1, 0, interval=(0.0, 1.0)),
+    }
+    assert from_json(as_json(figures)) == figures
+
+
+def test_table_shows_every_field():
+    text = as_text(table({"log_z": Figure(0.1234, "nats", 200_000, 0, 0.01)}))
+    for word in ("log z", "0.123", "± 0.01", "nats", "200,000"):
+        assert word in text
