@@ -73,9 +73,15 @@ def main() -> None:
             f"SIR, {PROPOSALS} proposals, {name}",
             [
                 ("matrix product alone", f"{rate:.0f} GFLOP/s"),
-                ("straightforward", f"{floor / seconds['straightforward']:.0%} of the product's rate"),
+                (
+                    "straightforward",
+                    f"{floor / seconds['straightforward']:.0%} of the product's rate",
+                ),
                 ("streamed", f"{floor / seconds['streamed']:.0%} of the product's rate"),
-                ("streamed / straightforward", f"{seconds['straightforward'] / seconds['streamed']:.2f} times as fast"),
+                (
+                    "streamed / straightforward",
+                    f"{seconds['straightforward'] / seconds['streamed']:.2f} times as fast",
+                ),
                 ("streamed", f"{DRAWS / seconds['streamed']:.0f} draws/s"),
             ],
         )

@@ -67,7 +67,14 @@ def main() -> None:
 
     def ours() -> None:
         job = _VAEJob(
-            vae, data, rows, rows[:10], batch_size=BATCH, warmup_steps=0, seed=0, device=fabric.device
+            vae,
+            data,
+            rows,
+            rows[:10],
+            batch_size=BATCH,
+            warmup_steps=0,
+            seed=0,
+            device=fabric.device,
         )
         optimise(
             job, fabric, place=Place(), steps=STEPS, learning_rate=1e-3,
@@ -76,7 +83,9 @@ def main() -> None:
 
     layers = [(784, 300), (300, 300), (300, 100), (50, 300), (300, 300), (300, 784)]
     shapes = [(BATCH, i, o) for i, o in layers]  # forward
-    shapes += [(i, BATCH, o) for i, o in layers] + [(BATCH, o, i) for i, o in layers[1:]]  # backward
+    shapes += [(i, BATCH, o) for i, o in layers] + [
+        (BATCH, o, i) for i, o in layers[1:]
+    ]  # backward
     product = products(shapes)
     seconds = interleaved(
         {

@@ -1,5 +1,6 @@
 """How large the hole in the prior is, and how much of it a noise contrastive prior closes."""
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from ncprior.numerics import mean_and_se
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios.nce import LOG_2
 from ncprior.training import fit_prior
+
+FAR_LOG_Z = 1.0  # nats
 
 
 class Diagnosis(NamedTuple):
@@ -84,6 +87,11 @@ def diagnose(
             "SIR's pools hold fewer than 3 effective proposals: samples repeat the few best. "
             "Raise proposals or use a base nearer to the posterior."
         )
+    if prior.log_z is not None and abs(prior.log_z.value) > FAR_LOG_Z:
+        warnings.append(
+            f"log Z is {prior.log_z.value:.2f}, far from 0: the ratios do not average to 1 under "
+            "the base. Samples do not depend on it, but it says that the ratios are off somewhere."
+        )
     return Diagnosis(figures, warnings, drawn)
 
 
@@ -112,14 +120,17 @@ def held_out_figures(prior: NoiseContrastivePrior) -> Figures:
 
 def verdict(figures: Figures) -> str:
     """The answer to the user's question in one sentence or two."""
-    jsd, base = figures["jsd"].value if "jsd" in figures else 0.0, figures["fd_base"].value
-    gap, closed = base - figures["fd_reconstruction"].value, figures["gap_closed"]
+    jsd = max(f.value for name, f in figures.items() if name.startswith("jsd"))
+    best, base, closed = (figures[n] for n in ("fd_reconstruction", "fd_base", "gap_closed"))
     words = "hardly any" if jsd < 0.01 else "a small" if jsd < 0.1 else "a large"
     said = f"The prior has {words} hole (JSD {jsd:.3f} of at most {LOG_2:.3f} nats)."
-    if gap <= 2 * (figures["fd_base"].se or 0):
-        return said + " Base samples are as near to the data as reconstructions: nothing to mend."
+    if base.value - best.value <= 2 * math.hypot(base.se or 0, best.se or 0):
+        return said + (
+            f" It hardly shows in {base.unit.removeprefix('squared, ')}: base samples are as near "
+            "to the data as reconstructions, so there is next to nothing to win there."
+        )
     return said + (
-        f" At best a prior could lower the Frechet distance from {base:.3f} to "
-        f"{figures['fd_reconstruction'].value:.3f}; the noise contrastive prior closes "
+        f" At best a prior could lower the Frechet distance from {base.value:.3f} to "
+        f"{best.value:.3f}; the noise contrastive prior closes "
         f"{100 * closed.value:.0f} % (± {100 * (closed.se or 0):.0f}) of that gap."
     )

@@ -1,5 +1,6 @@
 """Scores of the base prior and of a noise contrastive prior on the same images and draws."""
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ncprior.priors import NoiseContrastivePrior
 from ncprior.training.progress import progress_bar
 
 RECONSTRUCTED_IMAGES = 20_000
+RECONSTRUCTED_NUMBERS = 1 << 26  # pixels times channels held for them
 
 
 def nll_figures(
@@ -80,7 +82,7 @@ def nll_figures(
     if prior is None:
         return figures
     z = log_z(prior.draw_log_ratio(log_z_draws, generator=stream(seed, "nll log z", device=device)))
-    figures["log_z"] = Figure(z.value, "nats", z.num, seed, z.se, note=f"ESS {z.ess:.0f}")
+    figures["nll_log_z"] = Figure(z.value, "nats", z.num, seed, z.se, note=f"ESS {z.ess:.0f}")
     nll_ncp = -torch.cat(ncp) + z.value
     for name, values in (("nll_ncp", nll_ncp), ("nll_gain", nll - nll_ncp)):
         score = mean_and_se(values)
@@ -139,10 +141,11 @@ def evaluate(
 
 def training_images(data: ImageDataset, splits: Splits, seed: int) -> Tensor:
     """Training images as the encoder reads them, some of them where there are very many."""
-    rows = splits.train
-    if len(rows) > RECONSTRUCTED_IMAGES:
+    rows, numbers = splits.train, math.prod(data.image_shape)
+    most = max(1, min(RECONSTRUCTED_IMAGES, RECONSTRUCTED_NUMBERS // numbers))
+    if len(rows) > most:
         order = torch.randperm(len(rows), generator=stream(seed, "reconstructed rows"))
-        rows = rows[order[:RECONSTRUCTED_IMAGES]]
+        rows = rows[order[:most]]
     draws = stream(seed, "reconstructed images") if data.redrawn else None
     return data.batch(rows, generator=draws)
 
@@ -160,8 +163,9 @@ def draw_each(
     """`samples` images from each of base, ncp and reconstruction; `options` are those of `draw`."""
     if samples < 40:
         raise ValueError(f"samples must be at least 40 for a Frechet distance, got {samples}")
+    under = vae if prior is None else prior.under(vae)
     return {
-        "base": draw(vae, None, samples, seed=seed, **options),
+        "base": draw(under, None, samples, seed=seed, **options),
         "ncp": draw(vae, prior, samples, seed=seed, **options),
         "reconstruction": draw(
             vae, None, samples, images=training_images(data, splits, seed), seed=seed, **options

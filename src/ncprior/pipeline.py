@@ -56,8 +56,7 @@ def train_run(
     train_vae(
         vae,
         data,
-        splits.train,
-        splits.validation,
+        splits,
         directory=run.path,
         resume=resume,
         progress=progress,
@@ -99,6 +98,7 @@ def fit_run(
         **run.config["fit"],
     )
     run.save_prior(prior.cpu())
+    (run.path / "metrics.json").unlink(missing_ok=True)  # its figures were of another prior
     run.write_config()
     checkpoint.unlink(missing_ok=True)
     return prior
@@ -128,7 +128,10 @@ def evaluate_run(run: Run, *, progress: bool = True, **options: Any) -> Figures:
 def sample_run(run: Run, which: str, out: Path, *, seed: int, **options: Any) -> Draws:
     """Draw from "base", "ncp" or "reconstruction" into an .npz with `images` and `latents`."""
     vae = run.load_vae()
-    prior = run.load_prior(vae) if which == "ncp" else None
+    prior = run.load_prior(vae) if which == "ncp" or run.has_prior else None
+    if which == "base" and prior is not None:
+        vae = prior.under(vae)  # the base that the NCP stands on
+    prior = prior if which == "ncp" else None
     images = training_images(*run.load_data(), seed) if which == "reconstruction" else None
     draws = draw(vae, prior, images=images, seed=seed, **options)
     arrays: dict[str, Any] = {"images": draws.images.numpy()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = ("data", "vae", "train", "fit", "diagnose", "expected")
-RUN_OPTIONS = {"directory", "resume", "progress", "tensorboard", "rows", "validation"}
+RUN_OPTIONS = {"directory", "resume", "progress", "tensorboard", "rows", "splits"}
 
 Recipe = dict[str, dict[str, Any]]
 
@@ -30,6 +30,8 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(f"recipe {path} is a directory; name a TOML file in it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
+    for stamp in ("format", "version"):  # those of a run's config.toml, which is a recipe too
+        recipe.pop(stamp, None)
     check_recipe(recipe, str(path))
     return recipe
 
@@ -57,7 +59,7 @@ def known_keys() -> dict[str, set[str]]:
         "train": _arguments(train_vae) - {"vae", "data", *RUN_OPTIONS},
         "fit": _arguments(fit_prior) - {"vae", "data", *RUN_OPTIONS},
         "diagnose": _arguments(diagnose)
-        - {"vae", "data", "splits", "prior", "features", *RUN_OPTIONS},
+        - {"vae", "data", "prior", "features", *RUN_OPTIONS},
     }
 
 

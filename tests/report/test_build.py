@@ -35,7 +35,7 @@ def bare(tmp_path_factory):
         torch.manual_seed(0)
         vae = ncprior.build_vae(data.image_shape, **run.section("vae"))
     options = {"steps": 4, "evaluate_every": 2, "directory": run.path, "device": "cpu"}
-    ncprior.train_vae(vae, data, splits.train, splits.validation, **options, **QUIET)
+    ncprior.train_vae(vae, data, splits, **options, **QUIET)
     run.save_vae(vae)
     return run
 

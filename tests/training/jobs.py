@@ -29,7 +29,7 @@ def train(data, splits, *, hook=None, **options):
     if hook:
         interrupt_at(vae, *hook)
     options = {"steps": 40, "batch_size": 32, "evaluate_every": 8, "checkpoint_every": 10} | options
-    history = ncprior.train_vae(vae, data, splits.train, splits.validation, **QUIET, **options)
+    history = ncprior.train_vae(vae, data, splits, **QUIET, **options)
     return vae.state_dict(), history
 
 

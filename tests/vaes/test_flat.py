@@ -42,10 +42,9 @@ def test_own_networks_go_through_everything(own, rng):
     images = torch.rand(8, 3, 2, 2, generator=rng)
     walked = walk(own, from_posterior(rng), 8, own.encode(images))
     assert own.emit(walked.state).log_prob(images).shape == (8,)
-    rows = torch.arange(8)
-    data = ncprior.ImageDataset(images)
+    splits = ncprior.Splits(*torch.arange(8).split([4, 2, 2]))
     options = {"tensorboard": False, "progress": False, "device": "cpu"}
-    ncprior.train_vae(own, data, rows, rows, steps=2, batch_size=4, **options)
+    ncprior.train_vae(own, images, splits, steps=2, batch_size=4, **options)
     assert ncprior.generate(own, None, 5).shape == (5, 3, 2, 2)
 
 

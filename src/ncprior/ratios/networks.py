@@ -6,8 +6,8 @@ averaged: on small data single classifiers over-fit and a sampler finds their mi
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from ncprior.numerics import random_bytes
 from ncprior.ratios.scratch import scratch
 
-ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
-IN_PLACE = {"tanh": torch.tanh_, "relu": torch.relu_, "silu": partial(F.silu, inplace=True)}
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
+IN_PLACE: dict[str, Activation] = {
+    "tanh": torch.tanh_,
+    "relu": torch.relu_,
+    "silu": partial(F.silu, inplace=True),
+}
 ACTIVATION_NUMBERS = 1 << 19
 """Numbers of a layer's output at which sampling is fastest: they stay in a core's cache."""
 

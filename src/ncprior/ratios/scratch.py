@@ -1,7 +1,7 @@
 """Memory that inference takes again and again.
 
-Large blocks that are allocated for every batch come back from the system unmapped, and filling their
-pages costs more than the arithmetic; a block kept is also still in the cache.
+Large blocks that are allocated for every batch come back from the system unmapped, and filling
+their pages costs more than the arithmetic; a block kept is also still in the cache.
 """
 
 import threading

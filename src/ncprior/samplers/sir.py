@@ -95,7 +95,7 @@ def _resample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Picks, pool sizes and log mean ratios of a few draws; and the block of memory, for the next.
 
-    Filling one block again and again keeps it in the cache; fresh ones cost more than their numbers.
+    Filling one block again and again keeps it in the cache; fresh ones cost more than they hold.
     """
     rows = torch.arange(len(streams))
     state: State | None = None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.normal import Normal
 from ncprior.numerics import stream
 from ncprior.training.loop import Place, make_fabric, optimise
@@ -95,9 +96,8 @@ class _VAEJob:
 
 def train_vae(
     vae: Any,
-    data: Any,
-    rows: Tensor,
-    validation: Tensor,
+    data: ImageDataset | Tensor,
+    splits: Splits | None = None,
     *,
     steps: int = 4000,
     batch_size: int = 128,
@@ -120,9 +120,9 @@ def train_vae(
 
     Args:
         vae: Any VAE that offers the walk.
-        data: An `ImageDataset`.
-        rows: Training rows of `data`.
-        validation: Rows on which the ELBO is followed; they decide nothing.
+        data: An `ImageDataset` or a tensor (n, c, h, w) in [0, 1].
+        splits: Its parts for training and for validation, on which the ELBO is followed and which
+            decides nothing; 80/10/10 at random by default.
         steps: Optimiser steps.
         batch_size: Images per step.
         learning_rate: Peak rate of Adam; it falls along half a cosine.
@@ -144,6 +144,8 @@ def train_vae(
         ValueError: settings that cannot work, before any step.
         Diverged: the loss became NaN.
     """
+    data, splits = as_data(data, splits, seed)
+    rows = splits.train
     if batch_size < 1 or batch_size > len(rows):
         raise ValueError(
             f"batch_size must be between 1 and the {len(rows)} training images, got {batch_size}"
@@ -156,7 +158,7 @@ def train_vae(
         vae,
         data,
         rows,
-        validation,
+        splits.validation,
         batch_size=batch_size,
         warmup_steps=kl_warmup * steps,
         seed=seed,
