@@ -65,7 +65,7 @@ def figures(jsd, base, reconstruction, closed):
 @pytest.mark.parametrize(
     ("jsd", "base", "words"),
     [
-        (0.001, 1.05, ["hardly any hole", "nothing to mend"]),
+        (0.001, 1.05, ["hardly any hole", "next to nothing to win"]),
         (0.05, 3.0, ["a small hole", "from 3.000 to 1.000", "closes 60 % (± 5)"]),
         (0.4, 3.0, ["a large hole", "JSD 0.400 of at most 0.693"]),
     ],
@@ -73,3 +73,14 @@ def figures(jsd, base, reconstruction, closed):
 def test_verdict(jsd, base, words):
     found = verdict(figures(jsd, base, 1.0, 0.6))
     assert all(word in found for word in words)
+
+
+def test_log_z_far_from_zero_is_warned_of(diagnosed):
+    vae, images, prior, _ = diagnosed
+    try:
+        kept = prior.log_z
+        prior.log_z = kept._replace(value=-3.0)
+        found = ncprior.diagnose(vae, images, prior=prior, samples=40, proposals=20)
+    finally:
+        prior.log_z = kept
+    assert any("log Z is -3.00, far from 0" in warning for warning in found.warnings)

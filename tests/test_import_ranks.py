@@ -27,7 +27,7 @@ ONLY = {
     "normal": set(),
     "walk": {"normal"},
     "samplers": set(),
-    "data": set(),
+    "data": {"numerics"},
     "priors": RANKS[0] | {"ratios"},
     "training": RANKS[0] | RANKS[1],
 }

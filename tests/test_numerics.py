@@ -32,9 +32,8 @@ def test_log_mean_exp():
     x = doubles(-1000.0, -1000.0 + math.log(3))
     assert float(log_mean_exp(x)) == pytest.approx(-1000 + math.log(2))
     assert float(log_mean_exp(doubles(-math.inf, 0.0))) == pytest.approx(-math.log(2))
-    torch.testing.assert_close(
-        log_mean_exp(torch.stack([x, x + 1]), 1), doubles(0, 1) - 999.30685282
-    )
+    expected = doubles(0, 1) - 1000 + math.log(2)
+    torch.testing.assert_close(log_mean_exp(torch.stack([x, x + 1]), 1), expected)
 
 
 @given(st.integers(1, 50), st.floats(-500, 500))

@@ -13,9 +13,7 @@ def write(directory, text):
 
 
 def test_recipe_is_read(tmp_path):
-    text = (
-        '[data]\nsource = "digits"\n[vae]\npreset = "digits"\nlatent_size = 4\n[expected]\nx = 1\n'
-    )
+    text = '[data]\nsource = "digits"\n[vae]\npreset = "digits"\nlatent_size = 4\n[expected]\nx = 1'
     recipe = load_recipe(write(tmp_path, text))
     assert recipe["vae"] == {"preset": "digits", "latent_size": 4}
 

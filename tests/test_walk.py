@@ -105,7 +105,7 @@ def test_elbo_against_its_closed_form(rng):
 
 
 def test_elbo_without_a_closed_kl(rng):
-    """On a base that is no plain normal, log q - log p at the draw; exact posteriors hide nothing."""
+    """On a base that is no plain normal, log q - log p at the draw, of an exact posterior."""
     vae = ExactFlat(2)
     mixture = ncprior.GaussianMixture(2, 2).double()  # both components are N(0, I)
     images = torch.rand(5, 1, 1, 2, generator=rng, dtype=torch.float64)

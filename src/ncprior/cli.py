@@ -19,6 +19,10 @@ app = typer.Typer(
 )
 
 
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 class Which(StrEnum):
     base = "base"
     ncp = "ncp"
@@ -259,15 +263,18 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
     except typer.Exit as done:
         code = done.exit_code
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        code = _fail(str(stop) or "stopped; nothing is left half written", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's, or the copy of it within typer
+        kind = type(error).__name__
         expected = isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError)
-        if os.environ.get("NCPRIOR_TRACEBACK") or not (usage or expected):
+        if os.environ.get("NCPRIOR_TRACEBACK") or not (usage or expected or kind == "Interrupted"):
             raise
         message = usage() if usage else str(error)
-        code = _fail(message, 1 if type(error).__name__ == "Diverged" else 2)
+        sys.exit(_fail(message, {"Diverged": 1, "Interrupted": STOPPED}.get(kind, 2)))
+    if code == STOPPED:
+        _fail("stopped; nothing is left half written", STOPPED)
     sys.exit(code)
 
 

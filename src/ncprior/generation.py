@@ -10,7 +10,7 @@ from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.samplers import langevin, sir
 from ncprior.training.progress import progress_bar
-from ncprior.walk import Choose, Group, walk
+from ncprior.walk import Choose, Group, evaluating, walk
 
 
 class Draws(NamedTuple):
@@ -71,8 +71,6 @@ def draw(
         raise ValueError(f'sampler must be "sir" or "langevin", got {sampler!r}')
     if prior is not None:
         vae = prior.under(vae)
-    was_training = vae.training
-    vae.eval()
     device = next(vae.parameters()).device
     options: dict[str, Any] = {
         "proposals": proposals,
@@ -82,13 +80,12 @@ def draw(
         "final_step_size": final_step_size,
     }
     batches = []
-    with progress_bar("sampling", num, shown=progress) as bar:
+    with evaluating(vae), progress_bar("sampling", num, shown=progress) as bar:
         for first in range(0, num, batch_size):
             count = min(batch_size, num - first)
             generators = [stream(seed, "draw", first + i, device) for i in range(count)]
             batches.append(_batch(vae, prior, generators, sampler, temperature, images, options))
             bar(first + count)
-    vae.train(was_training)
     groups = range(vae.num_groups)
     return Draws(
         torch.cat([b.images for b in batches]),

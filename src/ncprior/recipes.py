@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = ("data", "vae", "train", "fit", "diagnose", "expected")
-RUN_OPTIONS = {"directory", "resume", "progress", "tensorboard", "rows", "splits"}
+RUN_OPTIONS = {"directory", "resume", "progress", "rows", "splits"}
 
 Recipe = dict[str, dict[str, Any]]
 
@@ -58,8 +58,7 @@ def known_keys() -> dict[str, set[str]]:
         "vae": (_arguments(build_vae) | _arguments(flat_vae)) - {"image_shape", "image_mean"},
         "train": _arguments(train_vae) - {"vae", "data", *RUN_OPTIONS},
         "fit": _arguments(fit_prior) - {"vae", "data", *RUN_OPTIONS},
-        "diagnose": _arguments(diagnose)
-        - {"vae", "data", "prior", "features", *RUN_OPTIONS},
+        "diagnose": _arguments(diagnose) - {"vae", "data", "prior", "features", *RUN_OPTIONS},
     }
 
 

@@ -12,6 +12,7 @@ report.html
 import io
 from pathlib import Path
 from typing import Any, Self
+from zipfile import BadZipFile
 
 import numpy as np
 import tomli_w
@@ -118,8 +119,11 @@ class Run:
         file = self.path / "splits.npz"
         if not file.exists():
             return {}
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        except (ValueError, EOFError, BadZipFile) as error:
+            raise ValueError(f"{file} is damaged or cut short ({error}); train anew") from None
 
     def write_splits(self, **rows: Tensor) -> None:
         """Add named rows to splits.npz."""

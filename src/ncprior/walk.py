@@ -5,7 +5,8 @@ drawing pairs for the classifiers and measuring a likelihood are the same loop; 
 in how z_k is chosen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from torch import Generator, Tensor
@@ -112,6 +113,18 @@ class VAE(Protocol):
     def emit(self, state: Any) -> Any:
         """The likelihood p(x | z), once all groups are chosen."""
         ...
+
+
+@contextmanager
+def evaluating(vae: Any) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards each part is in the mode that it was in."""
+    modes = [(part, part.training) for part in vae.modules()]
+    vae.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 Choose = Callable[[int, Group], Tensor]

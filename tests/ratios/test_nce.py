@@ -83,8 +83,8 @@ def test_calibrate_finds_the_minimum(logits):
     assert calibrate(a, b) == pytest.approx(tuple(expected.x), abs=1e-4)
 
 
-def test_calibrated_loss_is_never_worse(logits, rng):
-    for n in (3, 10, 100):
+def test_calibrated_loss_is_never_worse(logits):
+    for n in (30, 300):
         for scale in (0.1, 1.0, 5.0):
             a, b = (scale * x[:n] for x in logits)
             t, s = calibrate(a, b)
@@ -100,7 +100,6 @@ def test_calibrate_keeps_its_bounds(sign):
     assert shift == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="the shift runs away where the temperature is at its bound")
 def test_calibrate_finds_the_best_shift_at_a_bound(rng):
     """Logits the wrong way round: the temperature is at its bound, the shift the best for it."""
     a, b = torch.randn(2, 200, generator=rng, dtype=torch.float64) + 1

@@ -59,8 +59,8 @@ def test_one_proposal_is_the_base():
 
 
 def test_flat_ratio_keeps_the_whole_pool(rng):
-    found = sir(normal, lambda z, _: torch.zeros(z.shape[:2]), 3, 2000, generator=rng)
-    torch.testing.assert_close(found.ess, torch.full((3,), 2000.0))
+    found = sir(normal, lambda z, _: 0 * z[..., 0], 3, 2000, generator=rng)
+    torch.testing.assert_close(found.ess, torch.full((3,), 2000.0, dtype=torch.float64))
     torch.testing.assert_close(found.log_z, torch.zeros(3, dtype=torch.float64))
 
 
@@ -104,10 +104,10 @@ def test_law_by_enumeration(block, monkeypatch, rng):
         law.index_add_(0, pool, p[pool].prod() * r[pool] / r[pool].sum())
 
     def propose(_, k, generator):
-        return torch.multinomial(p, k, replacement=True, generator=generator)
+        return torch.multinomial(p, k, replacement=True, generator=generator).double()
 
-    picks = sir(propose, lambda z, _: r[z].log(), n, m, generator=rng).samples
-    counts = torch.bincount(picks, minlength=5)
+    picks = sir(propose, lambda z, _: r[z.long()].log(), n, m, generator=rng).samples
+    counts = torch.bincount(picks.long(), minlength=5)
     # One seed in 10,000 fails by chance.
     assert stats.chisquare(counts, n * law).pvalue > 1e-4
 

@@ -16,7 +16,7 @@ class Pixels(nn.Module):
 @pytest.fixture
 def data(rng):
     """Grey images that are binarised anew on every pass."""
-    return ncprior.ImageDataset(torch.rand(23, 1, 3, 3, generator=rng), binarize="dynamic")
+    return ncprior.ImageDataset(torch.rand(23, 1, 6, 6, generator=rng), binarize="dynamic")
 
 
 ROWS = torch.arange(22, 2, -1)
@@ -54,7 +54,7 @@ def test_rows_are_refreshed_in_turn(data):
         now = (found.tensors[0] != before).any(1)
         assert 0 < now.sum() <= 4
         changed |= (found.tensors[0] != start).any(1)
-    assert changed.sum() >= len(ROWS) - 1  # 9 random bits may come out the same
+    assert changed.all()  # 36 random bits come out the same once in a million rows
 
 
 def test_rows_stay_in_their_places(data):
@@ -65,7 +65,7 @@ def test_rows_stay_in_their_places(data):
         total = total + found[torch.arange(20)][0].double()
     grey = data.raw(ROWS).flatten(1).double()
     draws = steps / 6  # a row is drawn every 6 steps
-    error = 5 * (grey * (1 - grey) / draws).sqrt() + 2 / draws  # 180 pixels: 1 seed in 10,000
+    error = 5 * (grey * (1 - grey) / draws).sqrt() + 2 / draws  # 720 pixels: 1 seed in 2,000
     assert ((total / steps - grey).abs() < error).all()
 
 

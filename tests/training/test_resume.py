@@ -52,7 +52,7 @@ def test_stopped_by_ctrl_c(stage, data, walks, tmp_path):
     """At any step, between checkpoints and evaluations too."""
     run = STAGES[stage]
     expected = run(*data)
-    with pytest.raises(Interrupted, match="stopped at step .* --resume"):
+    with pytest.raises(Interrupted, match=r"stopped at step .* --resume"):
         run(*data, directory=tmp_path, hook=(walks, ctrl_c))
     assert 0 < checkpoint_step(tmp_path, stage) < 40
     assert_same(run(*data, directory=tmp_path, resume=True), expected)
@@ -66,6 +66,9 @@ def test_stopped_twice(stage, data, tmp_path):
     assert_same(run(*data, directory=tmp_path, resume=True), run(*data))
 
 
+@pytest.mark.parametrize(
+    "kind", ["binary", pytest.param("digits", marks=pytest.mark.slow)], indirect=True
+)
 def test_killed_between_checkpoints(stage, kind, data, tmp_path):
     """SIGKILL in a process of its own, some steps after its last checkpoint."""
     paths = [str(HERE.parents[1]), str(HERE.parents[2] / "src")]

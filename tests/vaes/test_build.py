@@ -74,7 +74,6 @@ def test_odd_kernels(kernel, sides):
     assert through(vae, torch.rand(2, 1, *sides)).mean.shape == (2, 1, *sides)
 
 
-@pytest.mark.xfail(strict=True, reason="even kernels are accepted and fail in the first step")
 @pytest.mark.parametrize("kernel", [2, 4])
 def test_even_kernels_are_refused(kernel):
     with pytest.raises(ValueError, match="kernel"):

@@ -5,6 +5,7 @@ The loss is the *sum* of two expectations (Eq. 3 of Aneja et al., NeurIPS 2021):
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,18 +43,28 @@ def calibrate(log_ratio_q: Tensor, log_ratio_p: Tensor) -> tuple[float, float]:
     Reference: Platt (1999); temperature scaling: Guo et al. (2017).
     """
     a, b = log_ratio_q.double(), log_ratio_p.double()
+    temperature, shift = _newton(a, b, [1.0, 0.0], fixed=False)
+    bounded = min(20.0, max(0.05, temperature))
+    if bounded != temperature:
+        _, shift = _newton(a, b, [bounded, 0.0], fixed=True)
+    return bounded, shift
+
+
+def _newton(a: Tensor, b: Tensor, start: list[float], *, fixed: bool) -> tuple[float, float]:
+    """Minimise the NCE loss over temperature and shift, or with `fixed` over the shift alone."""
     features = [torch.stack([x, torch.ones_like(x)], 1) for x in (a, b)]
-    found = torch.tensor([1.0, 0.0], dtype=torch.float64, device=a.device)
+    found = torch.tensor(start, dtype=torch.float64, device=a.device)
     for _ in range(100):
         miss = [torch.sigmoid(-features[0] @ found), torch.sigmoid(features[1] @ found)]
         gradient = features[1].T @ miss[1] / len(b) - features[0].T @ miss[0] / len(a)
-        hessian = sum(
+        hessian: Any = sum(
             (x * (m * (1 - m) / len(x))[:, None]).T @ x for x, m in zip(features, miss, strict=True)
         )
+        if fixed:
+            gradient[0], hessian[0, 1], hessian[1, 0] = 0.0, 0.0, 0.0
         ridge = 1e-9 * torch.eye(2, dtype=torch.float64, device=a.device)
         step = torch.linalg.solve(hessian + ridge, gradient).clamp(-0.5, 0.5)
         found = found - step
-        found[0] = found[0].clamp(0.05, 20.0)
         if step.abs().max() < 1e-9:
             break
     return float(found[0]), float(found[1])

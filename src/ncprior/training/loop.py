@@ -43,8 +43,8 @@ class Job(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by the user; a checkpoint was saved if there is a place for one."""
+class Interrupted(Exception):
+    """Ctrl-C was met between two steps; a checkpoint was saved if there is a place for one."""
 
 
 class Diverged(ValueError):

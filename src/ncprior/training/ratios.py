@@ -18,7 +18,7 @@ from ncprior.training.order import RowOrder
 from ncprior.training.pairs import Pairs, draw_pairs, log_ratios
 from ncprior.training.vae import kl_divergence
 from ncprior.training.verdict import calibrate_and_judge
-from ncprior.walk import Density, Evidence, Group, walk
+from ncprior.walk import Density, Evidence, Group, evaluating, walk
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Few images: the average of many small members, whose mistakes differ.
@@ -209,73 +209,75 @@ def fit_prior(
     rows_fit, rows_heldout = _split(rows, settings["heldout"], seed)
     fabric = make_fabric(device, precision)
     device_ = fabric.device
-    was_training, vae_fingerprint = vae.training, fingerprint(vae)
-    vae.to(device_).eval()
-    held = encode(vae, data, rows_heldout, generator=stream(seed, "heldout"), device=device_)
-    if isinstance(base, str):
-        base = _named_base(base, vae, data, rows_fit, seed, device_)
-    if base is not None:
-        vae = vae.with_prior(base)
-    heldout_pairs, kls = _heldout_pairs(vae, held, stream(seed, "heldout draws", device=device_))
+    vae_fingerprint = fingerprint(vae)
+    with evaluating(vae.to(device_)):
+        held = encode(vae, data, rows_heldout, generator=stream(seed, "heldout"), device=device_)
+        if isinstance(base, str):
+            base = _named_base(base, vae, data, rows_fit, seed, device_)
+        vae = vae if base is None else vae.with_prior(base)
+        heldout_pairs, kls = _heldout_pairs(
+            vae, held, stream(seed, "heldout draws", device=device_)
+        )
 
-    ratios = _new_ratios(settings, heldout_pairs, seed)
-    rows_per_step = settings["batch_size"] * ratios[0].members
-    table = EvidenceTable(
-        vae,
-        data,
-        rows_fit,
-        slices=max(1, round(refresh_passes * len(rows_fit) / rows_per_step)),
-        seed=seed,
-        device=device_,
-    )
-    job = _RatioJob(
-        ratios,
-        vae,
-        table,
-        heldout_pairs,
-        batch_size=settings["batch_size"],
-        patience=patience,
-        seed=seed,
-    )
-    history = optimise(
-        job,
-        fabric,
-        place=Place(directory, "ncp", resume, tensorboard),
-        steps=settings["steps"],
-        learning_rate=settings["learning_rate"],
-        weight_decay=settings["weight_decay"],
-        clip_norm=clip_norm,
-        seed=seed,
-        evaluate_every=min(evaluate_every, settings["steps"]),
-        checkpoint_every=checkpoint_every,
-        description="fitting the prior",
-        progress=progress,
-    )
-    job.module.load_state_dict(job.best["weights"])
-    job.module.eval().requires_grad_(False)
+        ratios = _new_ratios(settings, heldout_pairs, seed)
+        rows_per_step = settings["batch_size"] * ratios[0].members
+        table = EvidenceTable(
+            vae,
+            data,
+            rows_fit,
+            slices=max(1, round(refresh_passes * len(rows_fit) / rows_per_step)),
+            seed=seed,
+            device=device_,
+        )
+        job = _RatioJob(
+            ratios,
+            vae,
+            table,
+            heldout_pairs,
+            batch_size=settings["batch_size"],
+            patience=patience,
+            seed=seed,
+        )
+        history = optimise(
+            job,
+            fabric,
+            place=Place(directory, "ncp", resume, tensorboard),
+            steps=settings["steps"],
+            learning_rate=settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+            clip_norm=clip_norm,
+            seed=seed,
+            evaluate_every=min(evaluate_every, settings["steps"]),
+            checkpoint_every=checkpoint_every,
+            description="fitting the prior",
+            progress=progress,
+        )
+        job.module.load_state_dict(job.best["weights"])
+        job.module.eval().requires_grad_(False)
 
-    seen = torch.arange(min(len(table), 5000), device=device_)
-    seen_pairs = draw_pairs(vae, table[seen], len(seen), stream(seed, "seen", device=device_))
-    prior = NoiseContrastivePrior(ratios, vae.prior if vae.num_groups == 1 else None).eval()
-    prior.heldout_rows = rows_heldout
-    prior.record = {
-        "settings": settings,
-        "seed": seed,
-        "steps": int(history[-1]["step"]),
-        "best_step": int(job.best["step"]),
-        "fitted_images": len(rows_fit),
-        "heldout_images": len(rows_heldout),
-        "vae": vae_fingerprint,
-        "groups": [
-            calibrate_and_judge(*parts, heldout_images=len(rows_heldout), seed=seed)
-            for parts in zip(ratios, heldout_pairs, seen_pairs, kls, strict=True)
-        ],
-    }
-    if prior.base is not None:
-        draws = prior.draw_log_ratio(log_z_draws, generator=stream(seed, "log z", device=device_))
-        prior.log_z = log_z(draws)
-    vae.train(was_training)
-    return prior
+        seen = torch.arange(min(len(table), 5000), device=device_)
+        seen_pairs = draw_pairs(vae, table[seen], len(seen), stream(seed, "seen", device=device_))
+        prior = NoiseContrastivePrior(ratios, vae.prior if vae.num_groups == 1 else None).eval()
+        prior.heldout_rows = rows_heldout
+        prior.record = {
+            "settings": settings,
+            "seed": seed,
+            "steps": int(history[-1]["step"]),
+            "best_step": int(job.best["step"]),
+            "fitted_images": len(rows_fit),
+            "heldout_images": len(rows_heldout),
+            "vae": vae_fingerprint,
+            "groups": [
+                calibrate_and_judge(*parts, heldout_images=len(rows_heldout), seed=seed)
+                for parts in zip(ratios, heldout_pairs, seen_pairs, kls, strict=True)
+            ],
+        }
+        if prior.base is not None:
+            draws = prior.draw_log_ratio(
+                log_z_draws, generator=stream(seed, "log z", device=device_)
+            )
+            prior.log_z = log_z(draws)
+        return prior
 
 
 def _settings(preset: str, network_options: dict[str, Any] | None, **given: Any) -> dict[str, Any]:

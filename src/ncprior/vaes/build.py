@@ -101,6 +101,8 @@ def flat_vae(
         raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
     if network not in ("mlp", "conv"):
         raise ValueError(f'network must be "mlp" or "conv", got {network!r}')
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd, so that sides halve and double, got {kernel}")
     if latent_size < 1:
         raise ValueError(f"latent_size must be at least 1, got {latent_size}")
     by_name: dict[str, dict[str, Any]] = {

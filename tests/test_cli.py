@@ -1,0 +1,265 @@
+"""The commands, as a user types them: each in a process of its own where start-up is the subject."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import ncprior
+from ncprior import cli
+
+SMALL = """
+[data]
+source = "digits"
+
+[vae]
+preset = "digits"
+
+[train]
+steps = 60
+evaluate_every = 20
+checkpoint_every = 20
+tensorboard = false
+device = "cpu"
+
+[fit]
+steps = 40
+evaluate_every = 20
+log_z_draws = 2000
+tensorboard = false
+device = "cpu"
+network_options = { width = 16, members = 2 }
+
+[diagnose]
+samples = 60
+proposals = 20
+"""
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error) of a command."""
+    old = sys.argv
+    sys.argv = ["ncprior", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = old
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def process(*arguments, **options):
+    command = [sys.executable, "-m", "ncprior.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    """A run that is trained and fitted."""
+    from ncprior.pipeline import fit_run, train_run
+    from ncprior.recipes import load_recipe
+
+    out = tmp_path_factory.mktemp("runs") / "small"
+    fit_run(train_run(load_recipe(recipe), out, progress=False), progress=False)
+    return out
+
+
+def test_help_is_quick():
+    """Half a second is the promise; the best of three, since machines are noisy."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        found = process("--help")
+        out, _ = found.communicate()
+        seconds.append(time.perf_counter() - began)
+    assert found.returncode == 0
+    for command in ("demo", "train", "fit", "sample", "diagnose", "evaluate", "report"):
+        assert command in out.decode()
+    assert min(seconds) < 0.5
+
+
+def test_the_whole_way(capsys, recipe, tmp_path):
+    out = tmp_path / "run"
+    code, text, _ = run(capsys, "train", recipe, "--out", out, "--json")
+    assert code == 0 and json.loads(text)["step"] == 60
+    code, text, _ = run(capsys, "fit", out, "--json")
+    assert code == 0 and 0 < json.loads(text)["nce_loss"] < 1.6
+    code, text, _ = run(capsys, "diagnose", out, "--json")
+    found = json.loads(text)
+    assert code == 0
+    for name in ("gap_closed", "fd_base", "fd_ncp", "fd_reconstruction", "jsd", "ess_share"):
+        assert name in found
+    assert found["log_z_se"] > 0 and found["figures"]["fd_base"]["samples"] == 60
+    code, text, _ = run(capsys, "evaluate", out, "--metrics", "nll", "--images", 5,
+                        "--importance-samples", 3, "--log-z-draws", 100, "--json")  # fmt: skip
+    assert code == 0 and "nll_ncp" in json.loads(text)
+    code, text, _ = run(capsys, "report", out, "--json")
+    assert code == 0 and (out / "report.html").stat().st_size > 10_000
+    splits = np.load(out / "splits.npz")
+    rows = np.concatenate([splits[name] for name in ("train", "validation", "test")])
+    assert sorted(rows) == list(range(1797))
+    assert sorted([*splits["fit"], *splits["heldout"]]) == sorted(splits["train"])
+    assert {"gap_closed", "nll_base"} <= json.loads((out / "metrics.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("prior", ["base", "ncp", "reconstruction"])
+def test_sample(capsys, trained, tmp_path, prior):
+    file = tmp_path / "some.npz"
+    arguments = ["sample", trained, "--prior", prior, "--num", 9, "--seed", 3, "--out", file]
+    code, text, _ = run(capsys, *arguments, "--proposals", 50, "--json")
+    assert code == 0 and json.loads(text)["num"] == 9
+    arrays = np.load(file, allow_pickle=False)
+    assert arrays["images"].shape == (9, 1, 8, 8) and arrays["latents"].shape == (9, 16)
+    assert 0 <= arrays["images"].min() and arrays["images"].max() <= 1
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_langevin_sample(capsys, trained, tmp_path):
+    file = tmp_path / "some.npz"
+    assert (
+        run(capsys, "sample", trained, "--sampler", "langevin", "--num", 3, "--out", file)[0] == 0
+    )
+
+
+MISTAKES = [
+    (["fit", "{none}"], "does not exist"),
+    (["fit", "{empty}"], "not a run directory"),
+    (["fit", "{run}"], "--overwrite"),
+    (["fit", "{run}", "--steps", "0"], "--steps"),
+    (["fit", "{run}", "--preset", "huge"], "small"),
+    (["sample", "{run}", "--out", "{empty}/x.npz", "--num", "0"], "--num"),
+    (["sample", "{run}", "--out", "{empty}/x.npz", "--proposals", "0"], "--proposals"),
+    (["sample", "{run}", "--out", "{empty}/x.npz", "--temperature", "-1"], "temperature"),
+    (["sample", "{run}", "--out", "{empty}/x.jpg"], ".npz"),
+    (["sample", "{run}", "--out", "{empty}/x.npz", "--prior", "nope"], "reconstruction"),
+    (["diagnose", "{run}", "--samples", "3"], "--samples"),
+    (["evaluate", "{run}", "--metrics", "fid"], "fd or nll"),
+    (["train", "{none}.toml", "--out", "{empty}/r"], "does not exist"),
+    (["train", "{recipe}", "--out", "{run}"], "--resume"),
+    (["train", "{recipe}"], "--out"),
+    (["trian"], "train"),
+    (["fit", "{run}", "--overwrit"], "--overwrite"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES)
+def test_a_mistake_is_one_line(capsys, trained, recipe, tmp_path, arguments, said):
+    names = {"run": trained, "none": tmp_path / "none", "empty": tmp_path, "recipe": recipe}
+    code, out, err = run(capsys, *(a.format(**names) for a in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("ncprior: ") and err.count("\n") == 1 and said in err
+
+
+RECIPES = [
+    ('[data]\nsorce = "digits"', "'source'"),
+    ('[vea]\npreset = "digits"', "'vae'"),
+    ('[data]\nsource = "digit"', "digits"),
+    ('[data]\nsource = "digits"\n[vae]\npreset = "digitz"', "digits"),
+    ('[data]\nsource = "digits"\n[train]\nbatch_size = 5000', "batch_size"),
+    ('[data]\nsource = "digits"\n[train]\nsteps = 0', "steps"),
+    ('[data]\nsource = "digits"\n[train]\nlearning_rate = -1.0', "learning_rate"),
+    ('[data]\nsource = "array"\npath = "nowhere.npy"', "nowhere.npy"),
+    ("[data", "not valid TOML"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), RECIPES)
+def test_a_wrong_recipe_is_one_line(capsys, tmp_path, text, said):
+    (tmp_path / "wrong.toml").write_text(text)
+    code, out, err = run(capsys, "train", tmp_path / "wrong.toml", "--out", tmp_path / "r")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and said in err
+
+
+IMAGES = {
+    "one": np.zeros((1, 8, 8), np.uint8),
+    "wide": np.full((40, 8, 8), 3.0, np.float32),
+    "nan": np.full((40, 8, 8), np.nan, np.float32),
+    "flat": np.zeros((40, 64), np.uint8),
+    "complex": np.zeros((40, 8, 8), np.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_wrong_images_are_one_line(capsys, tmp_path, kind):
+    np.save(tmp_path / "x.npy", IMAGES[kind])
+    path = (tmp_path / "x.npy").as_posix()
+    (tmp_path / "r.toml").write_text(f'[data]\nsource = "array"\npath = "{path}"')
+    code, out, err = run(capsys, "train", tmp_path / "r.toml", "--out", tmp_path / "r")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "x.npy" in err or kind == "one" and "at least 5 images" in err
+
+
+def test_a_diverging_loss_says_what_to_try(capsys, tmp_path):
+    text = SMALL.replace("[train]", "[train]\nlearning_rate = 1e30")
+    (tmp_path / "r.toml").write_text(text)
+    code, _, err = run(capsys, "train", tmp_path / "r.toml", "--out", tmp_path / "r", "--json")
+    assert code == 1 and "at step" in err and "learning_rate" in err and err.count("\n") == 1
+
+
+def test_another_version_is_refused(capsys, trained, tmp_path):
+    (tmp_path / "config.toml").write_text('format = 99\nversion = "9.9"\n')
+    code, _, err = run(capsys, "fit", tmp_path)
+    assert code == 2 and "9.9" in err and "99" in err
+
+
+def test_weights_cut_short(capsys, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "vae" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    code, _, err = run(capsys, "diagnose", tmp_path / "run")
+    assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
+
+
+def _limit_files():
+    """Files may not grow beyond 20 kB, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_loses_nothing(trained, tmp_path):
+    file = tmp_path / "x.npz"
+    arguments = ("sample", trained, "--prior", "base", "--num", 600, "--out", file)
+    _, err = (found := process(*arguments, preexec_fn=_limit_files)).communicate()
+    assert found.returncode == 2 and err.decode().strip().splitlines()[-1].startswith("ncprior: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_then_resume_ends_the_same(recipe, trained, tmp_path):
+    out, env = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
+    recipe_text = SMALL.replace("steps = 60", "steps = 3000").replace("every = 20", "every = 200")
+    (tmp_path / "long.toml").write_text(recipe_text)
+    whole = tmp_path / "whole"
+    assert process("train", tmp_path / "long.toml", "--out", whole, env=env).wait() == 0
+
+    stopped = process("train", tmp_path / "long.toml", "--out", out, env=env)
+    while not (out / "vae-checkpoint.pt").exists():
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGINT)
+    _, err = stopped.communicate()
+    assert stopped.returncode == 130 and "--resume" in err.decode()
+    again = process("train", tmp_path / "long.toml", "--out", out, "--resume", env=env)
+    assert again.wait() == 0
+    name = "vae/model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_public_names_and_version():
+    for name in ncprior.__all__:
+        assert getattr(ncprior, name) is not None
+    assert set(ncprior.__all__) <= set(dir(ncprior))
