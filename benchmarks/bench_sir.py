@@ -42,6 +42,18 @@ def streamed(prior: NoiseContrastivePrior, chunk: int) -> torch.Tensor:
     ).samples
 
 
+@torch.no_grad()
+def law(prior: NoiseContrastivePrior, lower: NoiseContrastivePrior) -> str:
+    """How far the picks' probabilities move when log r spreads by 2 nats, as real ones do."""
+    z = torch.randn(64, PROPOSALS, LATENTS)
+    group = Group(StandardNormal(LATENTS).rows(64), None, None)
+    log_r, rough = (p.weight(0, group, z, slice(0, 64)) for p in (prior, lower))
+    scale = 2 / log_r.std()
+    moved = ((scale * log_r).softmax(1) - (scale * rough).softmax(1)).abs().sum(1) / 2
+    error = scale * (rough - log_r).std()
+    return f"log r off by {error:.3f} nats (sd), picks by {moved.mean():.3f} in total variation"
+
+
 def main() -> None:
     torch.manual_seed(0)
     networks = {
@@ -65,7 +77,9 @@ def main() -> None:
             "streamed": lambda: streamed(prior, prior.chunk(0)),
             "straightforward": lambda: straightforward(ratio),
         }
-        seconds = interleaved(functions, repeats=5)
+        lower = prior.in_bfloat16()
+        functions["bfloat16"] = lambda: streamed(lower, prior.chunk(0))
+        seconds = interleaved(functions, repeats=7)
         scale = DRAWS * PROPOSALS / (repeats * CHUNK)
         floor = seconds["product"] * scale
         rate = flops(shapes) * repeats / seconds["product"] / 1e9
@@ -83,6 +97,11 @@ def main() -> None:
                     f"{seconds['straightforward'] / seconds['streamed']:.2f} times as fast",
                 ),
                 ("streamed", f"{DRAWS / seconds['streamed']:.0f} draws/s"),
+                (
+                    "bfloat16 / float32",
+                    f"{seconds['streamed'] / seconds['bfloat16']:.2f} times as fast",
+                ),
+                ("bfloat16, what it does to the law", law(prior, lower)),
             ],
         )
 

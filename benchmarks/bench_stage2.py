@@ -9,10 +9,10 @@ from bench_stage1 import mnist
 from common import interleaved, show
 from torch import nn
 
+from ncprior.numerics import stream
 from ncprior.training.evidence import EvidenceTable, encode
 from ncprior.training.loop import Place, make_fabric, optimise
 from ncprior.training.ratios import PRESETS, _heldout_pairs, _new_ratios, _RatioJob
-from ncprior.numerics import stream
 from ncprior.vaes import build_vae
 
 BATCH, STEPS = 512, 100

@@ -1,4 +1,4 @@
-"""Timing shared by the benchmarks: medians of interleaved repeats, and the matrix product's rate."""
+"""Timing shared by the benchmarks: medians of interleaved repeats, and bare matrix products."""
 
 import statistics
 import time

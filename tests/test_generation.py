@@ -40,6 +40,14 @@ def test_law_of_a_tilted_base(sampler, temperature):
     assert found.ess.isnan().all() == (sampler == "langevin")
 
 
+def test_langevin_starts_from_the_tempered_base():
+    options = {"temperature": 0.5, "seed": 3}
+    (base,) = ncprior.draw(ExactFlat(), None, 5, **options).latents
+    still = {"sampler": "langevin", "steps": 1, "step_size": 1e-12, "final_step_size": None}
+    (found,) = ncprior.draw(ExactFlat(), tilted(), 5, **options, **still).latents
+    torch.testing.assert_close(found, base, rtol=0, atol=1e-4)
+
+
 def test_two_groups_by_sir():
     """Tilting z2 | z1 moves it by a s^2 and leaves z1 alone: the locally normalised product."""
 

@@ -157,6 +157,7 @@ def sample(
     proposals: Proposals = 5000,
     temperature: Annotated[float, typer.Option(help="Factor on the base's deviation.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 500,
+    bfloat16: Annotated[bool, typer.Option(help="Let SIR weigh proposals in bfloat16.")] = False,
     as_json: Json = False,
 ) -> None:
     """Draw images and latents into an .npz file."""
@@ -176,6 +177,7 @@ def sample(
         sampler=sampler.value,
         proposals=proposals,
         temperature=temperature,
+        bfloat16=bfloat16,
         batch_size=batch_size,
         progress=not as_json,
     )

@@ -40,6 +40,7 @@ def draw(
     final_step_size: float | None = 0.005,
     images: Tensor | None = None,
     seed: int = 0,
+    bfloat16: bool = False,
     batch_size: int = 500,
     chunk: int | None = None,
     progress: bool = False,
@@ -59,6 +60,8 @@ def draw(
         images: Images (m, c, h, w): draw from their aggregate posterior instead of a prior, which
             gives reconstructions.
         seed: Seed of everything drawn.
+        bfloat16: Let SIR weigh proposals in bfloat16: faster on some machines, with ratios off by
+            about a percent.
         batch_size: Images at a time; it changes memory, not the images.
         chunk: Proposals that SIR weighs at a time.
         progress: Show a progress bar.
@@ -71,6 +74,7 @@ def draw(
         raise ValueError(f'sampler must be "sir" or "langevin", got {sampler!r}')
     if prior is not None:
         vae = prior.under(vae)
+        prior = prior.in_bfloat16() if bfloat16 and sampler == "sir" else prior
     device = next(vae.parameters()).device
     options: dict[str, Any] = {
         "proposals": proposals,

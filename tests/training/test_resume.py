@@ -11,7 +11,7 @@ import torch
 
 from ncprior.training.loop import Interrupted
 
-from .jobs import STAGES, train
+from .jobs import STAGES, fit, train
 
 HERE = Path(__file__).resolve()
 
@@ -82,6 +82,18 @@ def test_killed_between_checkpoints(stage, kind, data, tmp_path):
     assert checkpoint_step(tmp_path, stage) in (20, 30)
     run = STAGES[stage]
     assert_same(run(*data, directory=tmp_path, resume=True), run(*data))
+
+
+def test_early_stopping_goes_on_where_it_was(digits, tmp_path):
+    """Evaluations without improvement count across the interruption."""
+    options = {"steps": 400, "evaluate_every": 4, "patience": 3, "learning_rate": 0.1}
+    expected = fit(*digits, **options)
+    steps = expected[1][0]["steps"]
+    assert steps < 400
+    with pytest.raises(Interrupted):
+        fit(*digits, **options, directory=tmp_path, hook=(steps - 1, ctrl_c))
+    assert checkpoint_step(tmp_path, "ncp") > steps - 12  # after the best evaluation
+    assert_same(fit(*digits, **options, directory=tmp_path, resume=True), expected)
 
 
 def test_resume_without_a_checkpoint_starts_anew(digits, tmp_path):

@@ -5,6 +5,7 @@ the product of *locally* normalised factors r_k p_k / Z_k(z_<k). The likelihood 
 normalised product r_1 p_1 ... r_K p_K / Z. With one group, or perfect ratios, they are the same.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,6 +43,7 @@ class NoiseContrastivePrior(nn.Module):
         self.ratios = nn.ModuleList(ratios)
         self.base: Any = base
         self.log_z = log_z
+        self.weighs_in: torch.dtype | None = None  # the precision of the ratios; None for that of z
         self.record: dict[str, Any] = {}  # how it was fitted: kept beside the weights
         self.heldout_rows: Tensor | None = None  # rows of the data that were held out of the fit
 
@@ -67,7 +69,16 @@ class NoiseContrastivePrior(nn.Module):
         context = group.context
         if context is not None:
             context = context[draws].repeat_interleave(z.shape[1], 0)
-        return self.log_ratio(k, z.flatten(0, 1), context).view(z.shape[:2])
+        flat = z.flatten(0, 1)
+        flat = flat if self.weighs_in is None else flat.to(self.weighs_in)
+        return self.log_ratio(k, flat, context).view(z.shape[:2]).to(z.dtype)
+
+    def in_bfloat16(self) -> Self:
+        """A copy whose ratios are computed in bfloat16; the base keeps its precision."""
+        other = copy.copy(self)
+        other.weighs_in = torch.bfloat16
+        other._modules = self._modules | {"ratios": copy.deepcopy(self.ratios).bfloat16()}
+        return other
 
     def chunk(self, k: int) -> int:
         """How many proposals the ratio of group k weighs fastest at a time."""
