@@ -12,7 +12,8 @@ from torch import nn
 from ncprior.numerics import stream
 from ncprior.training.evidence import EvidenceTable, encode
 from ncprior.training.loop import Place, make_fabric, optimise
-from ncprior.training.ratios import PRESETS, _heldout_pairs, _new_ratios, _RatioJob
+from ncprior.training.presets import PRESETS
+from ncprior.training.ratios import _heldout_pairs, _new_ratios, _RatioJob
 from ncprior.vaes import build_vae
 
 BATCH, STEPS = 512, 100

@@ -124,7 +124,7 @@ def test_sample(capsys, trained, tmp_path, prior):
     assert code == 0 and json.loads(text)["num"] == 9
     arrays = np.load(file, allow_pickle=False)
     assert arrays["images"].shape == (9, 1, 8, 8) and arrays["latents"].shape == (9, 16)
-    assert 0 <= arrays["images"].min() and arrays["images"].max() <= 1
+    assert arrays["images"].min() >= 0 and arrays["images"].max() <= 1
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -200,7 +200,7 @@ def test_wrong_images_are_one_line(capsys, tmp_path, kind):
     (tmp_path / "r.toml").write_text(f'[data]\nsource = "array"\npath = "{path}"')
     code, out, err = run(capsys, "train", tmp_path / "r.toml", "--out", tmp_path / "r")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "x.npy" in err or kind == "one" and "at least 5 images" in err
+    assert "x.npy" in err or (kind == "one" and "at least 5 images" in err)
 
 
 def test_a_diverging_loss_says_what_to_try(capsys, tmp_path):

@@ -46,7 +46,7 @@ def moments_within(z, error, extra=0.0):
 
 
 def test_recovers_the_log_ratio(error, fitted):
-    """RMS error below 0.25 nats: twice the largest of 20 seeds, where log r itself spreads by 1.2.
+    """RMS error below 0.25 nats: 1.5 times the largest of 20 seeds; log r itself spreads by 0.93.
 
     The 5100 images that were fitted on move the mean of q by 0.6 / sqrt(5100) = 0.008, which alone
     is an error of about 0.03.

@@ -16,42 +16,11 @@ from ncprior.training.evidence import EvidenceTable, encode
 from ncprior.training.loop import Place, make_fabric, optimise
 from ncprior.training.order import RowOrder
 from ncprior.training.pairs import Pairs, draw_pairs, log_ratios
+from ncprior.training.presets import SMALL_DATA, fit_settings
 from ncprior.training.vae import kl_divergence
 from ncprior.training.verdict import calibrate_and_judge
 from ncprior.walk import Density, Evidence, Group, evaluating, walk
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # Few images: the average of many small members, whose mistakes differ.
-    "small": dict(
-        network="residual",
-        network_options=dict(width=64, blocks=2, dropout=0.3, members=8),
-        steps=3000,
-        batch_size=128,
-        learning_rate=3e-3,
-        weight_decay=0.03,
-        heldout=0.15,
-    ),
-    "large": dict(
-        network="residual",
-        network_options=dict(width=256, blocks=3, dropout=0.1, members=1),
-        steps=10000,
-        batch_size=512,
-        learning_rate=1e-3,
-        weight_decay=0.03,
-        heldout=0.04,
-    ),
-    # The network of LARS, SNIS and the paper on MNIST.
-    "published": dict(
-        network="mlp",
-        network_options=dict(hidden=(100, 100), activation="tanh", members=1),
-        steps=10000,
-        batch_size=512,
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        heldout=0.04,
-    ),
-}
-SMALL_DATA = 20_000  # images below which "small" is the default
 HELDOUT_DRAWS = 10_000
 
 
@@ -196,7 +165,7 @@ def fit_prior(
     """
     data = as_dataset(data)
     rows = torch.arange(len(data)) if rows is None else rows
-    settings = _settings(
+    settings = fit_settings(
         preset or ("small" if len(rows) < SMALL_DATA else "large"),
         network_options,
         network=network,
@@ -278,23 +247,6 @@ def fit_prior(
             )
             prior.log_z = log_z(draws)
         return prior
-
-
-def _settings(preset: str, network_options: dict[str, Any] | None, **given: Any) -> dict[str, Any]:
-    """The preset, changed by what was given."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    settings = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
-    if settings["network"] not in NETWORKS:
-        raise ValueError(
-            f"network must be one of {', '.join(NETWORKS)}, got {settings['network']!r}"
-        )
-    for name in ("steps", "batch_size", "learning_rate"):
-        if not settings[name] > 0:
-            raise ValueError(f"{name} must be positive, got {settings[name]}")
-    same = settings["network"] == PRESETS[preset]["network"]
-    options = (settings["network_options"] if same else {}) | (network_options or {})
-    return settings | {"network_options": options}
 
 
 def _split(rows: Tensor, heldout: float, seed: int) -> tuple[Tensor, Tensor]:
