@@ -3,6 +3,8 @@
 NCPRIOR_DATA=... python benchmarks/bench_stage2.py     (random images without the variable)
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from bench_stage1 import mnist
@@ -37,6 +39,10 @@ def plain_network(preset: str) -> nn.Module:
             nn.Linear(50, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 1)
         )
     options = PRESETS[preset]["network_options"]
+    return Members(nn.ModuleList(one_member(options) for _ in range(options["members"])))
+
+
+def one_member(options: dict[str, Any]) -> nn.Module:
     width, dropout = options["width"], options["dropout"]
     blocks = [Block(width, dropout) for _ in range(options["blocks"])]
     return nn.Sequential(
@@ -44,22 +50,35 @@ def plain_network(preset: str) -> nn.Module:
     )
 
 
+class Members(nn.Module):
+    """Members one after the other, each on rows of its own."""
+
+    def __init__(self, members: nn.ModuleList) -> None:
+        super().__init__()
+        self.members = members
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        parts = z.tensor_split(len(self.members))
+        return torch.cat([m(part) for m, part in zip(self.members, parts, strict=True)])
+
+
 class Plain:
     """The step as one would write it: draw the pixels, run the encoder, classify, AdamW."""
 
     def __init__(self, images: torch.Tensor, vae: nn.Module, preset: str) -> None:
         self.images, self.vae = images.float() / 255, vae
+        self.rows = BATCH * PRESETS[preset]["network_options"]["members"]
         self.network = plain_network(preset)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3)
 
     def step(self) -> None:
-        x = torch.bernoulli(self.images[torch.randint(len(self.images), (BATCH,))])
+        x = torch.bernoulli(self.images[torch.randint(len(self.images), (self.rows,))])
         with torch.no_grad():
             loc, scale = self.vae.encode(x)
             z_q = torch.distributions.Normal(loc, scale).sample()
             z_p = torch.distributions.Normal(torch.zeros_like(loc), torch.ones_like(loc)).sample()
         logits = self.network(torch.cat([z_q, z_p])).squeeze(1)
-        target = torch.cat([torch.ones(BATCH), torch.zeros(BATCH)])
+        target = torch.cat([torch.ones(self.rows), torch.zeros(self.rows)])
         loss = 2 * F.binary_cross_entropy_with_logits(logits, target)
         self.optimizer.zero_grad()
         loss.backward()

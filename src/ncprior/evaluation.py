@@ -19,6 +19,7 @@ from ncprior.metrics import (
 from ncprior.numerics import jackknife, log_z, mean_and_se, stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.training.progress import progress_bar
+from ncprior.walk import device_of, evaluating
 
 RECONSTRUCTED_IMAGES = 20_000
 RECONSTRUCTED_NUMBERS = 1 << 26  # pixels times channels held for them
@@ -59,13 +60,12 @@ def nll_figures(
         )
     if prior is not None:
         vae = prior.under(vae)
-    vae.eval()
-    device = next(vae.parameters()).device
+    device = device_of(vae)
     rows = splits.test[:images]
     pixels = stream(seed, "nll images") if data.redrawn else None
     generator = stream(seed, "nll", device=device)
     base, ncp = [], []
-    with progress_bar("likelihood", len(rows), shown=progress) as bar:
+    with evaluating(vae), progress_bar("likelihood", len(rows), shown=progress) as bar:
         for part in rows.split(50):
             x = data.batch(part, generator=pixels).to(device)
             found = importance_weighted_bounds(
@@ -74,7 +74,7 @@ def nll_figures(
             base.append(found.base)
             if found.unnormalized_ncp is not None:
                 ncp.append(found.unnormalized_ncp)
-            bar(len(base) * 50)
+            bar(min(len(base) * 50, len(rows)))
     nll = -torch.cat(base)
     note = f"{importance_samples} importance samples"
     score = mean_and_se(nll)

@@ -1,5 +1,6 @@
 """Draw images from the base prior, a noise contrastive prior or the aggregate posterior."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.samplers import langevin, sir
 from ncprior.training.progress import progress_bar
-from ncprior.walk import Choose, Group, evaluating, walk
+from ncprior.walk import Choose, Group, device_of, evaluating, walk
 
 
 class Draws(NamedTuple):
@@ -35,8 +36,8 @@ def draw(
     sampler: str = "sir",
     proposals: int = 5000,
     temperature: float = 1.0,
-    steps: int = 200,
-    step_size: float = 0.05,
+    steps: int = 500,
+    step_size: float = 0.1,
     final_step_size: float | None = 0.005,
     images: Tensor | None = None,
     seed: int = 0,
@@ -72,10 +73,12 @@ def draw(
     _check(num=num, proposals=proposals, temperature=temperature, batch_size=batch_size)
     if sampler not in SAMPLERS:
         raise ValueError(f'sampler must be "sir" or "langevin", got {sampler!r}')
+    if images is not None and len(images) == 0:
+        raise ValueError("images must hold at least one image to reconstruct, got none")
     if prior is not None:
         vae = prior.under(vae)
         prior = prior.in_bfloat16() if bfloat16 and sampler == "sir" else prior
-    device = next(vae.parameters()).device
+    device = device_of(vae)
     options: dict[str, Any] = {
         "proposals": proposals,
         "chunk": chunk,
@@ -198,5 +201,5 @@ SAMPLERS: dict[str, Callable[..., Choose]] = {"sir": _by_sir, "langevin": _by_la
 
 def _check(**positive: float) -> None:
     for name, value in positive.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -40,8 +40,13 @@ def log_z(log_ratio: Tensor) -> LogZ:
 
     The standard error is that of log of a mean: sd(r) / (sqrt(m) mean(r)), which with the effective
     sample size is sqrt(1 / ESS - 1 / m).
+
+    Raises:
+        ValueError: NaN, +inf, or nothing but -inf.
     """
     values, num = log_ratio.double(), log_ratio.numel()
+    if values.isnan().any() or not values.amax().isfinite():
+        raise ValueError("log_ratio has NaN, +inf or only -inf; its network is not usable")
     ess = float(effective_sample_size(values))
     return LogZ(float(log_mean_exp(values)), math.sqrt(max(1 / ess - 1 / num, 0.0)), ess, num)
 

@@ -166,11 +166,13 @@ def _start(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Run:
     if exists and resume:
         run = Run.open(out)
         for section in ("data", "vae", "train"):
-            if run.section(section) != recipe.get(section, {}):
+            if _lasting(run.section(section)) != _lasting(recipe.get(section, {})):
                 raise ValueError(
                     f"[{section}] of the recipe is not that of {out}/config.toml, so the run "
                     "cannot go on as it was; restore it, or use another --out"
                 )
+        run.config["train"] = recipe.get("train", {})
+        run.write_config()
         return run
     if exists and not overwrite:
         raise ValueError(
@@ -180,3 +182,9 @@ def _start(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Run:
     if exists:
         shutil.rmtree(out)
     return Run.create(out, recipe)
+
+
+def _lasting(section: dict[str, Any]) -> dict[str, Any]:
+    """A section without what may change when a run is taken up again, after a NaN for example."""
+    changeable = {"learning_rate", "clip_norm", "device", "precision", "tensorboard"}
+    return {name: value for name, value in section.items() if name not in changeable}

@@ -5,10 +5,12 @@ drawing pairs for the classifiers and measuring a likelihood are the same loop; 
 in how z_k is chosen.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Generator, Tensor
 
 from ncprior.normal import Normal
@@ -125,6 +127,13 @@ def evaluating(vae: Any) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def device_of(vae: Any) -> torch.device:
+    """Where a VAE's tensors are; the CPU for one that has none."""
+    for tensor in itertools.chain(vae.parameters(), vae.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 Choose = Callable[[int, Group], Tensor]

@@ -32,11 +32,25 @@ def save_prior(prior: Any, directory: Path) -> None:
 def load_prior(cls: type, directory: Path) -> Any:
     """Read what `save_prior` wrote."""
     config, tensors = load_tensors(directory)
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory}/config.json is not that of a prior; fit it anew")
     if config.get("format") != FORMAT or config.get("class") != "NoiseContrastivePrior":
         raise ValueError(
             f"{directory}/config.json is not a noise contrastive prior of format {FORMAT} "
             f"(found class {config.get('class')!r}, format {config.get('format')!r}); fit it anew"
         )
+    try:
+        prior = _from_config(cls, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{directory}/config.json is not one that this version reads "
+            f"({type(error).__name__}: {error}); fit it anew"
+        ) from None
+    restore(prior, tensors, directory)
+    return prior.eval().requires_grad_(False)
+
+
+def _from_config(cls: type, config: dict[str, Any]) -> Any:
     ratios: list[nn.Module] = []
     for options in config["ratios"]:
         network = NETWORKS[options.pop("network")]
@@ -47,8 +61,7 @@ def load_prior(cls: type, directory: Path) -> Any:
     log_z = None if config["log_z"] is None else LogZ(**config["log_z"])
     prior = cls(ratios, base, log_z=log_z)
     prior.record = config["record"]
-    restore(prior, tensors, directory)
-    return prior.eval().requires_grad_(False)
+    return prior
 
 
 def _config(module: Any, what: str) -> dict[str, Any]:

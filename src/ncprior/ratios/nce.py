@@ -14,14 +14,23 @@ from torch import Tensor
 LOG_2 = math.log(2)
 
 
-def nce_loss(log_ratio_q: Tensor, log_ratio_p: Tensor) -> Tensor:
+def nce_loss(log_ratio_q: Tensor, log_ratio_p: Tensor, noise_ratio: float = 1.0) -> Tensor:
     """-E_q[log D] - E_p[log(1 - D)] in nats, over the last axis.
 
+    With a noise ratio nu, p counts nu times and the logit of D is log r - log nu (Gutmann and
+    Hyvarinen 2010). The optimum is log r = log q / p whatever nu is; a larger one asks for more
+    care where r is large, which is where q lives, and tends to maximum likelihood.
+
     Args:
-        log_ratio_q: Logits of D at draws of q(z), (..., n).
-        log_ratio_p: Logits of D at draws of p(z), (..., m).
+        log_ratio_q: log r at draws of q(z), (..., n).
+        log_ratio_p: log r at draws of p(z), (..., m).
+        noise_ratio: nu; 1 is Eq. 3.
     """
-    return F.softplus(-log_ratio_q).mean(-1) + F.softplus(log_ratio_p).mean(-1)
+    if noise_ratio == 1:
+        return F.softplus(-log_ratio_q).mean(-1) + F.softplus(log_ratio_p).mean(-1)
+    offset = math.log(noise_ratio)
+    of_q = F.softplus(offset - log_ratio_q).mean(-1)
+    return of_q + noise_ratio * F.softplus(log_ratio_p - offset).mean(-1)
 
 
 def jsd(loss: Tensor | float) -> Tensor | float:

@@ -62,7 +62,13 @@ class RatioNetwork(nn.Module):
         return self.logits(x if z.ndim == 3 else x.expand(self.members, -1, -1))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """log r(z) in nats for z (n, d), shape (n,)."""
+        """log r(z) in nats for z (n, d), shape (n,).
+
+        Raises:
+            ValueError: a context; these networks are for VAEs with one group of latents.
+        """
+        if context is not None:
+            raise ValueError(f"{type(self).__name__} takes no context; it suits one latent group")
         logits = self.member_logits(z)
         mean = logits[0] if self.members == 1 else logits.mean(0)
         return torch.addcmul(self.shift, mean, self.temperature)

@@ -36,6 +36,10 @@ class Job(Protocol):
 
     def should_stop(self) -> bool: ...
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside weights, optimiser and step."""
         ...
@@ -95,7 +99,8 @@ def optimise(
         job.module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
     )
     model, optimizer = fabric.setup(job.module, optimizer)
-    first, history, totals, counted = _resume(job, optimizer, place)
+    identity = {"seed": seed, "steps": steps, "warmup": warmup} | job.identity()
+    first, history, totals, counted = _resume(job, optimizer, place, identity)
     write = fabric.is_global_zero and place.directory is not None
     writer = _tensorboard(place, first) if write else None
     generator = Generator(fabric.device)
@@ -106,6 +111,7 @@ def optimise(
         _check_finite(job.module, step, place, learning_rate)
         if write and place.checkpoint:
             content = {
+                "identity": identity,
                 "step": step,
                 "weights": job.module.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -165,6 +171,9 @@ def optimise(
             if done % checkpoint_every == 0 and done < steps:
                 save(done)
         _check_finite(job.module, steps, place, learning_rate)
+        if interrupt.asked:
+            save(steps)
+            raise Interrupted(_where_saved(steps, place))
     if writer is not None:
         writer.close()
     return history
@@ -183,11 +192,20 @@ def _check(**positive: float) -> None:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
-def _resume(job: Job, optimizer: Any, place: Place) -> tuple[int, list[Any], dict[str, Any], int]:
+def _resume(
+    job: Job, optimizer: Any, place: Place, identity: dict[str, Any]
+) -> tuple[int, list[Any], dict[str, Any], int]:
     """Step, history and the sums of figures since the last evaluation."""
     if not (place.resume and place.checkpoint and place.checkpoint.exists()):
         return 0, [], {}, 0
     content = load_checkpoint(place.checkpoint)
+    for name, value in identity.items():
+        if content["identity"].get(name) != value:
+            raise ValueError(
+                f"the checkpoint {place.checkpoint} is of another run: its {name} was "
+                f"{content['identity'].get(name)}, now it is {value}; use the old settings, or run "
+                "without --resume"
+            )
     try:
         job.module.load_state_dict(content["weights"])
         optimizer.load_state_dict(content["optimizer"])

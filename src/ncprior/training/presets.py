@@ -13,15 +13,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=128,
         learning_rate=3e-3,
         weight_decay=0.03,
+        noise_ratio=1.0,
         heldout=0.15,
     ),
+    # Chosen on MNIST's validation images by E_q[log r] - log Z, a lower bound of KL(q || p).
     "large": dict(
         network="residual",
-        network_options=dict(width=256, blocks=3, dropout=0.1, members=1),
+        network_options=dict(width=192, blocks=3, dropout=0.1, members=2),
         steps=10000,
         batch_size=512,
-        learning_rate=1e-3,
-        weight_decay=0.03,
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        noise_ratio=10.0,
         heldout=0.04,
     ),
     # The network of LARS, SNIS and the paper on MNIST.
@@ -32,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=512,
         learning_rate=1e-3,
         weight_decay=0.0,
+        noise_ratio=1.0,
         heldout=0.04,
     ),
 }
@@ -49,7 +53,7 @@ def fit_settings(
         raise ValueError(
             f"network must be one of {', '.join(NETWORKS)}, got {settings['network']!r}"
         )
-    for name in ("steps", "batch_size", "learning_rate"):
+    for name in ("steps", "batch_size", "learning_rate", "noise_ratio"):
         if not settings[name] > 0:
             raise ValueError(f"{name} must be positive, got {settings[name]}")
     same = settings["network"] == PRESETS[preset]["network"]

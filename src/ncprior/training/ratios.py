@@ -27,8 +27,9 @@ HELDOUT_DRAWS = 10_000
 class _Losses(nn.Module):
     """The NCE loss of every group, summed over its members: each learns from rows of its own."""
 
-    def __init__(self, ratios: list[RatioNetwork]) -> None:
+    def __init__(self, ratios: list[RatioNetwork], noise_ratio: float) -> None:
         super().__init__()
+        self.noise_ratio = noise_ratio
         self.ratios: Any = nn.ModuleList(ratios)
 
     def forward(self, pairs: list[Pairs]) -> Tensor:
@@ -38,7 +39,8 @@ class _Losses(nn.Module):
             members = ratio.members
             both = [z.unflatten(0, (members, -1)) for z in (pair.posterior, pair.prior)]
             logits = ratio.member_logits(torch.cat(both, 1))
-            losses.append(nce_loss(*logits.tensor_split(2, dim=-1)))
+            at_q, at_p = logits.tensor_split(2, dim=-1)
+            losses.append(nce_loss(at_q, at_p, self.noise_ratio))
         return torch.stack(losses)
 
 
@@ -53,12 +55,14 @@ class _RatioJob:
         batch_size: int,
         patience: int,
         seed: int,
+        noise_ratio: float = 1.0,
+        of_vae: str = "",
     ) -> None:
-        self.module = _Losses(ratios)
+        self.module = _Losses(ratios, noise_ratio)
         self.vae, self.table, self.heldout = vae, table, heldout
         self.rows_per_step = batch_size * ratios[0].members
         self.order = RowOrder(torch.arange(len(table)), self.rows_per_step, seed=seed)
-        self.patience = patience
+        self.patience, self.of_vae = patience, of_vae
         self.best: dict[str, Any] = {"loss": math.inf, "step": 0, "weights": None}
         self.since_best = 0
 
@@ -83,6 +87,13 @@ class _RatioJob:
     def should_stop(self) -> bool:
         return self.since_best >= self.patience
 
+    def identity(self) -> dict[str, Any]:
+        return {
+            "VAE (fingerprint)": self.of_vae,
+            "batch_size": self.rows_per_step,
+            "training images": len(self.table),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "since_best": self.since_best}
 
@@ -106,6 +117,7 @@ def fit_prior(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     weight_decay: float | None = None,
+    noise_ratio: float | None = None,
     clip_norm: float | None = None,
     heldout: float | None = None,
     patience: int = 10,
@@ -141,6 +153,8 @@ def fit_prior(
         batch_size: Posterior and prior draws per step for each member.
         learning_rate: Peak rate of AdamW; it falls along half a cosine.
         weight_decay: Decoupled weight decay.
+        noise_ratio: How many times p counts in the training loss (`nce_loss`); what is reported is
+            always Eq. 3, where it counts once.
         clip_norm: Largest gradient norm; none by default.
         heldout: Share of `rows` held out; that of the preset by default.
         patience: Evaluations without improvement after which to stop.
@@ -163,6 +177,12 @@ def fit_prior(
     Raises:
         ValueError: settings that cannot work, before any step.
     """
+    if patience < 1:
+        raise ValueError(f"patience must be at least 1 evaluation, got {patience}")
+    if vae.num_groups > 1:
+        raise ValueError(
+            f"fit_prior takes VAEs with one group of latents so far, this one has {vae.num_groups}"
+        )
     data = as_dataset(data)
     rows = torch.arange(len(data)) if rows is None else rows
     settings = fit_settings(
@@ -173,6 +193,7 @@ def fit_prior(
         batch_size=batch_size,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
+        noise_ratio=noise_ratio,
         heldout=heldout,
     )
     rows_fit, rows_heldout = _split(rows, settings["heldout"], seed)
@@ -206,6 +227,8 @@ def fit_prior(
             batch_size=settings["batch_size"],
             patience=patience,
             seed=seed,
+            noise_ratio=settings["noise_ratio"],
+            of_vae=vae_fingerprint,
         )
         history = optimise(
             job,
@@ -226,7 +249,7 @@ def fit_prior(
 
         seen = torch.arange(min(len(table), 5000), device=device_)
         seen_pairs = draw_pairs(vae, table[seen], len(seen), stream(seed, "seen", device=device_))
-        prior = NoiseContrastivePrior(ratios, vae.prior if vae.num_groups == 1 else None).eval()
+        prior = NoiseContrastivePrior(ratios, getattr(vae, "prior", None)).eval()
         prior.heldout_rows = rows_heldout
         prior.record = {
             "settings": settings,
@@ -275,6 +298,7 @@ def _named_base(
     return GaussianMixture.fit(pairs[0].posterior, 10, seed=seed)
 
 
+@torch.no_grad()
 def _heldout_pairs(
     vae: Any, evidence: Evidence, generator: Generator
 ) -> tuple[list[Pairs], list[float]]:
@@ -301,6 +325,6 @@ def _new_ratios(settings: dict[str, Any], pairs: list[Pairs], seed: int) -> list
         torch.manual_seed(stream_seed(seed, "ratio weights"))
         for pair in pairs:
             ratio = make(pair.posterior[0].numel(), **settings["network_options"])
-            ratio.to(pair.posterior.device).standardize(torch.cat([pair.posterior, pair.prior]))
+            ratio.to(pair.posterior).standardize(torch.cat([pair.posterior, pair.prior]))
             ratios.append(ratio)
     return ratios

@@ -87,6 +87,9 @@ class _VAEJob:
     def should_stop(self) -> bool:
         return False
 
+    def identity(self) -> dict[str, Any]:
+        return {"batch_size": self.order.batch_size, "training images": len(self.order.rows)}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
