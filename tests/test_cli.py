@@ -1,4 +1,4 @@
-"""The commands, as a user types them: each in a process of its own where start-up is the subject."""
+"""The commands, as a user types them; in a process of its own where start-up is the subject."""
 
 import json
 import os

@@ -7,6 +7,7 @@ import torch
 from toys import ExactFlat, TwoGroups, standard_normal
 
 import ncprior
+from ncprior.ratios import ResidualRatio
 
 
 class Tilt(torch.nn.Module):
@@ -130,3 +131,26 @@ def test_parts_that_were_frozen_stay_frozen():
     vae.decoder.eval()
     ncprior.draw(vae, None, 2)
     assert vae.training and not vae.decoder.training
+
+
+def test_bfloat16_changes_little(digits_run):
+    """Ratios rounded to 8 bits: most draws pick the same proposal, and the prior stays."""
+    vae, prior = digits_run
+    weights = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
+    exact, rough = (
+        ncprior.draw(vae, prior, 100, proposals=50, bfloat16=lower) for lower in (False, True)
+    )
+    same = (exact.latents[0] == rough.latents[0]).all(1).double().mean()
+    assert same > 0.85
+    assert exact.latents[0].dtype == rough.latents[0].dtype == torch.float32
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in prior.state_dict().items())
+
+
+@pytest.fixture
+def digits_run():
+    """A VAE and a ratio as they come, untrained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = ncprior.build_vae((1, 8, 8), preset="digits")
+        ratio = ResidualRatio(16, width=16, members=2).eval()
+    return vae, ncprior.NoiseContrastivePrior([ratio], vae.prior)

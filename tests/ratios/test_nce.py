@@ -108,3 +108,21 @@ def test_calibrate_finds_the_best_shift_at_a_bound(rng):
     assert temperature == 0.05
     best = minimize_scalar(lambda s: float(nce_loss(temperature * a + s, temperature * b + s)))
     assert shift == pytest.approx(best.x, abs=1e-4)
+
+
+@pytest.mark.parametrize("noise_ratio", [0.3, 1.0, 10.0])
+def test_the_log_ratio_is_the_optimum_whatever_the_noise_ratio(noise_ratio):
+    """Quantiles stand for the two expectations; each direction away from log r costs."""
+    uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    normal = torch.special.ndtri(uniform)
+    at = [0.8 + 0.6 * normal, normal]
+    exact = [true_log_ratio(z[:, None]) for z in at]
+
+    def loss(step, direction):
+        moved = [f + step * direction(z) for f, z in zip(exact, at, strict=True)]
+        return float(nce_loss(*moved, noise_ratio))
+
+    for direction in (torch.ones_like, torch.sin, torch.square):
+        slope = (loss(1e-4, direction) - loss(-1e-4, direction)) / 2e-4
+        assert abs(slope) < 2e-3 * noise_ratio  # tails beyond the last quantile
+        assert loss(0.1, direction) > loss(0, direction) < loss(-0.1, direction)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ncprior.ratios import NETWORKS, MLPRatio, ResidualRatio
-from ncprior.ratios.networks import EnsembleLinear
+from ncprior.ratios.networks import EnsembleLinear, dropout
 
 MAKERS = {
     "mlp": lambda members: MLPRatio(3, hidden=(8, 5), members=members),
@@ -108,3 +108,33 @@ def test_dropout_only_in_training(rng):
 def test_arguments(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_dropout_by_bytes(share):
+    """About `share` of the numbers go, to 1/256, and the mean stays."""
+    count = 200_000
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = dropout(torch.ones(count, dtype=torch.float64), share)
+    zeroed = round(256 * share) / 256
+    error = 4 * (zeroed * (1 - zeroed) / count) ** 0.5  # 4 standard errors
+    assert abs(float((found == 0).double().mean()) - zeroed) < error
+    assert float(found.max()) == pytest.approx(1 / (1 - zeroed))
+    assert abs(float(found.mean()) - 1) < error / (1 - zeroed)
+
+
+def test_scratch_memory_changes_nothing(make, rng):
+    """Without gradient layers write into kept memory; a second call must not spoil the first."""
+    network = make()
+    z = torch.randn(50, 3, generator=rng, dtype=torch.float64)
+    expected = network(z).detach()
+    with torch.no_grad():
+        first = network(z)
+        network(-z)
+    torch.testing.assert_close(first, expected)
+
+
+def test_a_context_is_refused(make):
+    with pytest.raises(ValueError, match="no context"):
+        make()(torch.zeros(2, 3), torch.zeros(2, 1))

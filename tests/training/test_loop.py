@@ -93,7 +93,7 @@ def test_checkpoint_executes_nothing(digits, tmp_path, capsys):
 
 def test_checkpoint_of_other_settings(digits, tmp_path):
     fit(*digits, directory=tmp_path)
-    with pytest.raises(ValueError, match="of (another run|a run with other settings)"):
+    with pytest.raises(ValueError, match=r"of (another run|a run with other settings)"):
         fit(*digits, directory=tmp_path, resume=True, network_options={"width": 9})
 
 
