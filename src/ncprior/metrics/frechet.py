@@ -31,14 +31,19 @@ def merge(parts: Iterable[Moments]) -> Moments:
 
 
 def moment_blocks(features: Tensor, blocks: int = BLOCKS) -> list[Moments]:
-    """Features (n, f) cut into blocks, for `numerics.jackknife`."""
+    """Features (n, f) dealt into blocks, for `numerics.jackknife`.
+
+    Dealt, not cut: the rows of some data sets are ordered (the first half of MNIST's test images is
+    the cleaner one), and blocks must be alike.
+    """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(
             f"features must be (n, f) with n of at least 2, got {tuple(features.shape)}"
         )
     if not features.isfinite().all():
         raise ValueError("features must be finite, found NaN or infinity")
-    return [moments(part) for part in features.tensor_split(min(blocks, len(features) // 2 + 1))]
+    count = min(blocks, len(features) // 2 + 1)
+    return [moments(features[first::count]) for first in range(count)]
 
 
 def frechet_distance(a: Iterable[Moments], b: Iterable[Moments]) -> float:
