@@ -58,7 +58,9 @@ class NoiseContrastivePrior(nn.Module):
                 f"this prior has {self.num_groups} groups, the VAE has {vae.num_groups}; "
                 "it was fitted for another VAE"
             )
-        return vae if self.base is None else vae.with_prior(self.base)
+        if self.base is None or self.base is getattr(vae, "prior", None):
+            return vae
+        return vae.with_prior(self.base)
 
     def log_ratio(self, k: int, z: Tensor, context: Tensor | None = None) -> Tensor:
         """log r_k(z_k, c(z_<k)) in nats, (n,)."""

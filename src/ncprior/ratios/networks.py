@@ -6,6 +6,7 @@ averaged: on small data single classifiers over-fit and a sampler finds their mi
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ ACTIVATION_NUMBERS = 1 << 19
 """Numbers of a layer's output at which sampling is fastest: they stay in a core's cache."""
 
 
-class RatioNetwork(nn.Module):
+class RatioNetwork(nn.Module, ABC):
     """E members that map z to a logit; log r is their calibrated mean: temperature * mean + shift.
 
     Subclasses define `logits`. Inputs are centred and scaled by buffers that `standardize` sets.
@@ -52,9 +53,9 @@ class RatioNetwork(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("shift", torch.zeros(()))
 
+    @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Standardised x (E, n, d) to each member's logits (E, n)."""
-        raise NotImplementedError
 
     def member_logits(self, z: Tensor) -> Tensor:
         """Uncalibrated logits (E, n) at z (n, d), or at z (E, n, d) with rows for each member."""
