@@ -86,8 +86,9 @@ def draw(
         "step_size": step_size,
         "final_step_size": final_step_size,
     }
+    what = "reconstructing" if images is not None else f"sampling {'NCP' if prior else 'base'}"
     batches = []
-    with evaluating(vae), progress_bar("sampling", num, shown=progress) as bar:
+    with evaluating(vae), progress_bar(what, num, shown=progress) as bar:
         for first in range(0, num, batch_size):
             count = min(batch_size, num - first)
             generators = [stream(seed, "draw", first + i, device) for i in range(count)]

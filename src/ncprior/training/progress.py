@@ -23,13 +23,16 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("[dim]{task.fields[figures]}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+        TimeRemainingColumn(
+            elapsed_when_finished=True, table_column=Column(no_wrap=True, min_width=7)
+        ),
+        TextColumn("[dim]{task.fields[figures]}", table_column=Column(no_wrap=True)),
         console=Console(stderr=True),
         refresh_per_second=4,
     )
