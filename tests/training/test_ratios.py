@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from toys import gaussian_images, linear_vae, true_log_ratio
+from toys import TwoGroups, gaussian_images, linear_vae, true_log_ratio
 
 import ncprior
 from ncprior.numerics import log_mean_exp
@@ -236,3 +236,20 @@ def test_toy_posterior_is_the_aggregate(fitted, rng):
     vae, images, _ = fitted
     z = walk(vae, from_posterior(rng), len(images), vae.encode(images)).latents[0]
     moments_within(z, torch.zeros(2))
+
+
+def test_hierarchical_vaes_are_refused_for_now(rng):
+    """Their ratios need the context of the groups before; leaving it out would be wrong."""
+    with pytest.raises(ValueError, match="one group of latents"):
+        ncprior.fit_prior(TwoGroups(), torch.rand(20, 1, 1, 3, generator=rng), **QUIET)
+
+
+def test_resuming_on_another_vae_is_refused(rng, tmp_path):
+    images = gaussian_images(200, rng)
+    options = {"evaluate_every": 5, "checkpoint_every": 5, "network_options": {"members": 2}}
+    ncprior.fit_prior(linear_vae(), images, steps=8, directory=tmp_path, **options, **QUIET)
+    again = {"directory": tmp_path, "resume": True, **options, **QUIET}
+    with pytest.raises(ValueError, match="fingerprint"):
+        ncprior.fit_prior(linear_vae(mean=3.0), images, steps=8, **again)
+    with pytest.raises(ValueError, match="steps was 8, now it is 4"):
+        ncprior.fit_prior(linear_vae(), images, steps=4, **again)
