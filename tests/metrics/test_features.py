@@ -49,3 +49,15 @@ def test_too_many_components(n, images):
 )
 def test_default_features_name_their_space(shape, name, rng):
     assert default_features(torch.rand(shape, generator=rng)).name == name
+
+
+def test_pca_of_many_pixels_is_quick_and_right(rng):
+    """12,288 numbers per image, no square matrix of them. Data of rank 5 keep their distances."""
+    images = torch.randn(60, 5, generator=rng, dtype=torch.float64)
+    images = (images @ torch.randn(5, 12_288, generator=rng, dtype=torch.float64)).view(
+        60, 3, 64, 64
+    )
+    found = pca(images, 5)(images)
+    torch.testing.assert_close(
+        torch.pdist(found), torch.pdist(images.flatten(1)), rtol=1e-6, atol=0
+    )

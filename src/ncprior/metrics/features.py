@@ -30,16 +30,17 @@ def pixels() -> Features:
 
 def pca(images: Tensor, components: int = COMPONENTS) -> Features:
     """The first principal components of training images (n, c, h, w), unscaled."""
-    flat = images.flatten(1).double()
+    from sklearn.decomposition import PCA
+
+    flat = images.flatten(1).double().cpu()
     if components > min(flat.shape):
         raise ValueError(
             f"components must be at most {min(flat.shape)} for {len(flat)} images of "
             f"{flat.shape[1]} numbers, got {components}"
         )
-    mean = flat.mean(0)
-    covariance = (flat - mean).T @ (flat - mean) / max(1, len(flat) - 1)
-    _, vectors = torch.linalg.eigh(covariance)
-    return Features(f"pca-{components} of pixels", mean, vectors[:, -components:].flip(1))
+    found = PCA(components, random_state=0).fit(flat.numpy())  # randomised where pixels are many
+    mean, basis = torch.from_numpy(found.mean_), torch.from_numpy(found.components_.T.copy())
+    return Features(f"pca-{components} of pixels", mean, basis)
 
 
 def default_features(training_images: Tensor) -> Features:

@@ -87,7 +87,8 @@ def _draw(
     rows = splits.train[some[: 10 * num]]
     seen = training_images(data, splits._replace(train=rows), seed)
     images["reconstruction"] = draw(vae, None, num, images=seen, seed=seed).images
-    images["base"] = draw(vae, None, num, seed=seed).images
+    under = vae if prior is None else prior.under(vae)
+    images["base"] = draw(under, None, num, seed=seed).images
     if prior is None:
         return images, None
     drawn = draw(vae, prior, num, proposals=proposals, seed=seed)

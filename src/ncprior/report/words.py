@@ -152,7 +152,7 @@ def pictures(proposals: int) -> dict[str, tuple[str, str]]:
             "Reconstructions",
             "decoded draws of the aggregate posterior: the best that any prior can do",
         ),
-        "base": ("Base samples", "decoded draws of the VAE’s own prior"),
+        "base": ("Base samples", "decoded draws of the base prior, unmended"),
         "ncp": (
             "NCP samples",
             f"decoded draws of the noise contrastive prior, each picked from {proposals:,} "
@@ -168,8 +168,7 @@ def base_note(prior: NoiseContrastivePrior | None) -> str:
         return ""
     return (
         f"The noise contrastive prior of this run stands on a {name}, not on the VAE’s own prior: "
-        "JSD, log Z and ESS are measured against that base, whereas the base samples and their "
-        "Frechet distance are of the VAE’s own prior."
+        "base samples, JSD, log Z, ESS and the gap closed are all of that base."
     )
 
 
