@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_help_is_quick():
         out, _ = found.communicate()
         seconds.append(time.perf_counter() - began)
     assert found.returncode == 0
-    for command in ("demo", "train", "fit", "sample", "diagnose", "evaluate", "report"):
+    for command in ("demo", "train", "fit", "sample", "diagnose", "evaluate", "report", "convert"):
         assert command in out.decode()
     assert min(seconds) < 0.5
 
@@ -135,6 +136,27 @@ def test_langevin_sample(capsys, trained, tmp_path):
     )
 
 
+NVAE = Path(__file__).parent / "vaes" / "nvae" / "data"
+
+
+def test_convert(capsys, recipe, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["convert", "nvae", NVAE / "mnist-tiny.pt", "--out", out]
+    code, text, _ = run(capsys, *arguments, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["num_groups"] == 4 and found["image_shape"] == [1, 28, 28]
+    assert ncprior.load_vae(out).num_groups == 4
+    code, _, err = run(capsys, "fit", out)  # no data are known
+    assert code == 2 and "[data]" in err and "config.toml" in err and err.count("\n") == 1
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "--overwrite" in err
+    code, text, _ = run(capsys, *arguments, "--overwrite", "--recipe", recipe)
+    assert code == 0 and f"Next: ncprior fit {out}" in text
+    assert 'source = "digits"' in (out / "config.toml").read_text()
+    code, _, err = run(capsys, "fit", out, "--steps", 1)  # digits are no MNIST
+    assert code == 2 and "(1, 28, 28)" in err and err.count("\n") == 1
+
+
 MISTAKES = [
     (["fit", "{none}"], "does not exist"),
     (["fit", "{empty}"], "not a run directory"),
@@ -151,6 +173,9 @@ MISTAKES = [
     (["train", "{none}.toml", "--out", "{empty}/r"], "does not exist"),
     (["train", "{recipe}", "--out", "{run}"], "--resume"),
     (["train", "{recipe}"], "--out"),
+    (["convert", "nvae", "{none}", "--out", "{empty}/r"], "does not exist"),
+    (["convert", "nvae", "{recipe}", "--out", "{empty}/r"], "no torch file"),
+    (["convert", "nvae", "{recipe}"], "--out"),
     (["trian"], "train"),
     (["fit", "{run}", "--overwrit"], "--overwrite"),
 ]
@@ -204,7 +229,7 @@ def test_wrong_images_are_one_line(capsys, tmp_path, kind):
 
 
 def test_a_diverging_loss_says_what_to_try(capsys, tmp_path):
-    text = SMALL.replace("[train]", "[train]\nlearning_rate = 1e30")
+    text = SMALL.replace("[train]", "[train]\nlearning_rate = 1e30\nretries = 0")
     (tmp_path / "r.toml").write_text(text)
     code, _, err = run(capsys, "train", tmp_path / "r.toml", "--out", tmp_path / "r", "--json")
     assert code == 1 and "at step" in err and "learning_rate" in err and err.count("\n") == 1

@@ -50,7 +50,10 @@ def test_langevin_starts_from_the_tempered_base():
 
 
 def test_two_groups_by_sir():
-    """Tilting z2 | z1 moves it by a s^2 and leaves z1 alone: the locally normalised product."""
+    """Tilting z2 | z1 moves it by a s and leaves z1 alone: the locally normalised product.
+
+    The ratio sees z2 in the coordinate in which p(z2 | z1) is N(0, I).
+    """
 
     class Flat(torch.nn.Module):
         def forward(self, z, context=None):
@@ -62,7 +65,7 @@ def test_two_groups_by_sir():
     residual = z2 - vae.b.item() * z1
     error = 4 / math.sqrt(3 * n)
     assert abs(z1.mean()) < error and abs(z1.var() - 1) < math.sqrt(2) * error
-    assert abs(residual.mean() - 0.6 * vae.s**2) < error * vae.s + 1 / m
+    assert abs(residual.mean() - 0.6 * vae.s) < error * vae.s + 1 / m
     assert abs(residual.var() / vae.s**2 - 1) < math.sqrt(2) * error + 1 / m
 
 
@@ -105,7 +108,7 @@ def test_ess_is_that_of_the_pool():
         ({"temperature": math.nan}, "temperature must be positive"),
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"sampler": "langevin", "steps": 0}, "steps, step_size and final_step_size"),
-        ({"chunk": -1}, "chunk must be at least 1"),
+        ({"chunk": -1}, "chunk and block must be at least 1"),
     ],
 )
 def test_arguments(options, message):

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Independent, kl_divergence
 from torch.distributions import Normal as TorchNormal
 
-from ncprior.normal import Normal, StandardNormal
+from ncprior.normal import Normal, StandardNormal, bounded_normal
 
 
 @pytest.fixture
@@ -24,6 +24,30 @@ def test_speaks_the_language_of_torch(pair, rng):
     z = torch.randn(5, 3, 4, 2, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(ours.log_prob(z), torchs.log_prob(z))
     torch.testing.assert_close(ours.kl(other), kl_divergence(torchs, torchs_other))
+
+
+@pytest.mark.parametrize("event_dim", [1, 2, 3])
+def test_draws_with_their_log_prob(event_dim, rng):
+    """The same draws as `rsample`, differentiable, with the density that `log_prob` gives."""
+    loc, raw = torch.randn(2, 5, 4, 3, 2, generator=rng, dtype=torch.float64, requires_grad=True)
+    density = Normal(loc, raw.exp(), event_dim)
+    generator = lambda: torch.Generator().manual_seed(2)
+    z, log_prob = density.rsample_and_log_prob((6,), generator=generator())
+    assert torch.equal(z, density.rsample((6,), generator=generator()))
+    assert log_prob.shape == (6, *density.batch_shape)
+    torch.testing.assert_close(log_prob, density.log_prob(z))
+    ours = torch.autograd.grad(log_prob.sum(), raw, retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(density.log_prob(z).sum(), raw))
+
+
+def test_bounds_are_soft_and_at_least_single(rng):
+    x = torch.tensor([-1e9, -1.0, 0.0, 1.0, 1e9], dtype=torch.bfloat16).view(1, 5, 1, 1)
+    found = bounded_normal(x, x)
+    assert found.loc.dtype == found.scale.dtype == torch.float32 and found.event_dim == 3
+    bounded = 5 * torch.tanh(x.float() / 5)
+    torch.testing.assert_close(found.loc, bounded)
+    torch.testing.assert_close(found.scale, bounded.exp() + 0.01)
+    assert found.loc.abs().max() == 5 and bounded_normal(x.double(), x).loc.dtype == torch.float64
 
 
 def test_gradient_flows_through_rsample_only():

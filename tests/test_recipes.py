@@ -65,3 +65,5 @@ def test_every_key_is_an_argument():
     for section, function in functions.items():
         assert known_keys()[section] <= set(inspect.signature(function).parameters)
     assert {"preset", "latent_size", "likelihood"} <= known_keys()["vae"]
+    assert {"groups_per_scale", "num_flows", "padding"} <= known_keys()["vae"]
+    assert not {"image_shape", "image_mean", "self"} & known_keys()["vae"]

@@ -63,6 +63,16 @@ def test_vae_round_trip(run):
         assert not found.training and found.latent_size == 3
 
 
+def test_nvae_round_trip(run):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        saved = ncprior.build_vae((1, 8, 8), preset="nvae-digits", num_flows=1)
+    run.save_vae(saved)
+    found = run.load_vae()
+    assert isinstance(found, ncprior.NVAE) and not found.training and found.config == saved.config
+    assert fingerprint(found) == fingerprint(saved)
+
+
 def test_prior_round_trip_and_its_rows(run):
     run.load_data()
     train = run.read_splits()["train"]
@@ -141,7 +151,9 @@ def test_vae_of_another_format(run):
     run.save_vae(vae())
     file = run.path / "vae" / "config.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 5'))
-    with pytest.raises(ValueError, match=r"of format 5 .* this version reads FlatVAE of format 1"):
+    with pytest.raises(
+        ValueError, match=r"of format 5 .* this version reads FlatVAE and NVAE of format 1"
+    ):
         run.load_vae()
 
 

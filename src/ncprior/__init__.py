@@ -12,6 +12,7 @@ _HOME = {
     "Gaussian": "ncprior.vaes",
     "GaussianMixture": "ncprior.priors",
     "ImageDataset": "ncprior.data",
+    "NVAE": "ncprior.vaes",
     "NoiseContrastivePrior": "ncprior.priors",
     "Splits": "ncprior.data",
     "build_vae": "ncprior.vaes",
@@ -26,6 +27,7 @@ _HOME = {
 }
 
 __all__ = [
+    "NVAE",
     "Bernoulli",
     "Categorical",
     "FlatVAE",
@@ -68,4 +70,4 @@ if TYPE_CHECKING:
     from ncprior.priors import GaussianMixture, NoiseContrastivePrior
     from ncprior.runs import load_vae
     from ncprior.training import fit_prior, train_vae
-    from ncprior.vaes import Bernoulli, Categorical, FlatVAE, Gaussian, build_vae
+    from ncprior.vaes import NVAE, Bernoulli, Categorical, FlatVAE, Gaussian, build_vae

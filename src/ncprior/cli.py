@@ -18,6 +18,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+converters = typer.Typer(
+    help="Make a run directory of a VAE that another program trained.", no_args_is_help=True
+)
+app.add_typer(converters, name="convert")
 
 STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -43,6 +47,8 @@ class Preset(StrEnum):
     small = "small"
     large = "large"
     published = "published"
+    groups = "groups"
+    groups_small = "groups-small"
 
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -52,6 +58,9 @@ Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 Proposals = Annotated[int, typer.Option(min=1, help="SIR's pool for each draw.")]
+Groups = Annotated[
+    str | None, typer.Option(help="Latent groups that use the NCP, such as 0-4,7; all by default.")
+]
 
 
 @app.command()
@@ -115,6 +124,10 @@ def fit(
     base: Annotated[
         Base | None, typer.Option(help="The density that the ratio multiplies.")
     ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="Fit these latent groups only, such as 0-4,7, as a part of the prior."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps at most.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the fit.")] = None,
     resume: Resume = False,
@@ -122,7 +135,11 @@ def fit(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Stage 2: fit a noise contrastive prior on the frozen VAE."""
+    """Stage 2: fit a noise contrastive prior on the frozen VAE.
+
+    Latent groups of a hierarchical VAE are independent: processes that torchrun or Slurm start on
+    the same run each fit a share of them.
+    """
     from ncprior.diagnosis import held_out_figures
     from ncprior.figures import as_text, table
     from ncprior.pipeline import fit_run
@@ -133,7 +150,12 @@ def fit(
         k: str(v) if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None
     }
     prior = fit_run(
-        Run.open(run), resume=resume, overwrite=overwrite, progress=not as_json, **changes
+        Run.open(run),
+        groups=groups,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not as_json,
+        **changes,
     )
     figures = held_out_figures(prior)
     warnings = [w for group in prior.record["groups"] for w in group["warnings"]]
@@ -154,8 +176,13 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Seed = 0,
     sampler: Annotated[Sampler, typer.Option(help="How to draw from the NCP.")] = Sampler.sir,
+    groups: Groups = None,
     proposals: Proposals = 5000,
     temperature: Annotated[float, typer.Option(help="Factor on the base's deviation.")] = 1.0,
+    batch_norm_passes: Annotated[
+        int,
+        typer.Option(min=0, help="Base batches for new batch-norm statistics, 500 in NVAE."),
+    ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 500,
     bfloat16: Annotated[bool, typer.Option(help="Let SIR weigh proposals in bfloat16.")] = False,
     as_json: Json = False,
@@ -175,8 +202,10 @@ def sample(
         seed=seed,
         num=num,
         sampler=sampler.value,
+        groups=groups,
         proposals=proposals,
         temperature=temperature,
+        batch_norm_passes=batch_norm_passes,
         bfloat16=bfloat16,
         batch_size=batch_size,
         progress=not as_json,
@@ -257,6 +286,43 @@ def report(run: RunArgument, as_json: Json = False) -> None:
 
     path = write_report(Run.open(run))
     _show({"report": str(path)}, as_json, f"Open {path}")
+
+
+@converters.command("nvae")
+def convert_nvae(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A file of the published NVAE program.")
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory to make.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="A TOML file whose [data], [fit], [diagnose] to take.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a published NVAE checkpoint. Nothing in the file is executed."""
+    from ncprior.pipeline import convert_nvae as convert
+    from ncprior.recipes import load_recipe
+    from ncprior.runs import Run
+
+    given = load_recipe(recipe) if recipe else None
+    run = convert(checkpoint, out, recipe=given, overwrite=overwrite)
+    vae = Run.open(out).load_vae()
+    content = {
+        "run": str(out),
+        "image_shape": list(vae.image_shape),
+        "num_groups": vae.num_groups,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "likelihood": vae.config["likelihood"],
+    }
+    then = f"ncprior fit {out}"
+    if not run.section("data"):
+        then = f"add [data] to {out}/config.toml, then {then}"
+    text = (
+        f"NVAE of {content['num_groups']} groups and {content['parameters']:,} parameters in "
+        f"{out}/vae. Next: {then}"
+    )
+    _show(content, as_json, text)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from ncprior.figures import Figure, Figures
 from ncprior.generation import Draws, draw
 from ncprior.metrics import (
     Features,
+    base_log_ratios,
     default_features,
     frechet_distance,
     importance_weighted_bounds,
@@ -81,7 +82,9 @@ def nll_figures(
     figures = {"nll_base": Figure(score.value, "nats", len(rows), seed, score.se, note=note)}
     if prior is None:
         return figures
-    z = log_z(prior.draw_log_ratio(log_z_draws, generator=stream(seed, "nll log z", device=device)))
+    with evaluating(vae):
+        of_base = stream(seed, "nll log z", device=device)
+        z = log_z(base_log_ratios(vae, prior, log_z_draws, generator=of_base))
     figures["nll_log_z"] = Figure(z.value, "nats", z.num, seed, z.se, note=f"ESS {z.ess:.0f}")
     nll_ncp = -torch.cat(ncp) + z.value
     for name, values in (("nll_ncp", nll_ncp), ("nll_gain", nll - nll_ncp)):

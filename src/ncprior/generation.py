@@ -1,15 +1,18 @@
 """Draw images from the base prior, a noise contrastive prior or the aggregate posterior."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
+from ncprior.groups import check_groups
 from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
+from ncprior.readjustment import readjusted
 from ncprior.samplers import langevin, sir
+from ncprior.samplers.sir import block_for
 from ncprior.training.progress import progress_bar
 from ncprior.walk import Choose, Group, device_of, evaluating, walk
 
@@ -34,8 +37,10 @@ def draw(
     num: int = 64,
     *,
     sampler: str = "sir",
+    groups: str | Sequence[int] | None = None,
     proposals: int = 5000,
     temperature: float = 1.0,
+    batch_norm_passes: int = 0,
     steps: int = 500,
     step_size: float = 0.1,
     final_step_size: float | None = 0.005,
@@ -53,8 +58,13 @@ def draw(
         prior: The noise contrastive prior; None for the VAE's own.
         num: Number of images.
         sampler: "sir" or "langevin".
+        groups: Latent groups that use the NCP, such as "0-4" or [0, 1]; all that were fitted by
+            default. The top ones matter most (section 5.4 of the paper), and the last may be
+            unreliable.
         proposals: SIR's pool for each draw.
         temperature: Factor on the standard deviation of the base prior.
+        batch_norm_passes: Batches of base samples at `temperature` from which a copy of the VAE
+            takes new batch-norm statistics (500 in NVAE); 0 leaves them. Not for reconstructions.
         steps: Langevin updates, from a draw of the base prior.
         step_size: Langevin's first lambda.
         final_step_size: Langevin's last; None for a constant one.
@@ -77,7 +87,10 @@ def draw(
         raise ValueError("images must hold at least one image to reconstruct, got none")
     if prior is not None:
         vae = prior.under(vae)
+        prior = prior if groups is None else prior.only(check_groups(groups, vae.num_groups))
         prior = prior.in_bfloat16() if bfloat16 and sampler == "sir" else prior
+    if batch_norm_passes and images is None:
+        vae = readjusted(vae, batch_norm_passes, temperature=temperature, seed=seed)
     device = device_of(vae)
     options: dict[str, Any] = {
         "proposals": proposals,
@@ -152,15 +165,21 @@ def _by_sir(
     chunk: int | None,
     **_: Any,
 ) -> Choose:
+    from_base = _rows_of(lambda group: group.prior.tempered(temperature), generators)
+
     def choose(k: int, group: Group) -> Tensor:
+        if k not in prior.fitted_groups:
+            ess.append(torch.full((len(generators),), torch.nan))
+            return from_base(k, group)
         rows = group.prior.tempered(temperature)
         found = sir(
             lambda i, m, generator: rows.row(i).sample((m,), generator=generator),
-            lambda z, draws: prior.weight(k, group, z, draws),
+            prior.weigher(k, group),
             len(generators),
             proposals,
             generator=generators,
             chunk=chunk or prior.chunk(k),
+            block=block_for(rows.event_shape),
         )
         ess.append(found.ess)
         return found.samples
@@ -182,9 +201,11 @@ def _by_langevin(
     from_base = _rows_of(lambda group: group.prior.tempered(temperature), generators)
 
     def choose(k: int, group: Group) -> Tensor:
-        rows = group.prior.tempered(temperature)
+        if k not in prior.fitted_groups:
+            return from_base(k, group)
+        rows, weigh = group.prior.tempered(temperature), prior.weigher(k, group)
         found = langevin(
-            lambda z: prior.log_ratio(k, z, group.context) + rows.log_prob(z),
+            lambda z: weigh(z[:, None], slice(None))[:, 0] + rows.log_prob(z),
             from_base(k, group),
             steps=steps,
             step_size=step_size,

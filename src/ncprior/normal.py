@@ -33,11 +33,15 @@ class Normal:
         self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
     ) -> Tensor:
         """Draws (*sample_shape, *batch, *event), differentiable in loc and scale."""
-        shape = (*sample_shape, *self.loc.shape)
-        noise = torch.randn(
-            shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype
-        )
-        return torch.addcmul(self.loc, noise, self.scale)
+        return torch.addcmul(self.loc, self._noise(sample_shape, generator), self.scale)
+
+    def rsample_and_log_prob(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The draws of `rsample` and their log-densities in nats, (*sample_shape, *batch)."""
+        noise = self._noise(sample_shape, generator)
+        log_prob = self._over_event(-0.5 * (noise.square() + LOG_2_PI) - self.scale.log())
+        return torch.addcmul(self.loc, noise, self.scale), log_prob
 
     @torch.no_grad()
     def sample(
@@ -67,8 +71,28 @@ class Normal:
         """The density of one row of the batch."""
         return Normal(self.loc[index], self.scale[index], self.event_dim)
 
+    def _noise(self, sample_shape: Sequence[int], generator: Generator | None) -> Tensor:
+        shape = (*sample_shape, *self.loc.shape)
+        return torch.randn(shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype)
+
     def _over_event(self, values: Tensor) -> Tensor:
         return values.flatten(values.ndim - self.event_dim).sum(-1)
+
+
+def bounded_normal(loc: Tensor, log_scale: Tensor, event_dim: int = 3) -> Normal:
+    """N(5 tanh(loc / 5), (exp(5 tanh(log_scale / 5)) + 0.01)^2), at least in single precision.
+
+    So no output of a network gives a mean or a log-scale beyond +-5, nor a scale below 0.016.
+
+    Reference: Vahdat and Kautz (NeurIPS 2020); the bounds are those of their checkpoints.
+    """
+    dtype = torch.promote_types(loc.dtype, torch.float32)
+    scale = _bounded(log_scale.to(dtype)).exp() + 0.01
+    return Normal(_bounded(loc.to(dtype)), scale, event_dim)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    return 5 * (x / 5).tanh()
 
 
 class StandardNormal(nn.Module):

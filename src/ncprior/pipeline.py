@@ -2,23 +2,32 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ncprior.data import ImageDataset, Splits
 from ncprior.diagnosis import Diagnosis, diagnose
 from ncprior.evaluation import evaluate, training_images
 from ncprior.figures import Figures
 from ncprior.generation import Draws, draw
+from ncprior.groups import check_groups, spell_groups
 from ncprior.numerics import stream_seed
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.recipes import Recipe, check_recipe
 from ncprior.runs import Run
+from ncprior.shares import Parts, process_place, share_of
 from ncprior.storage import replacing
 from ncprior.training import fit_prior, train_vae
+from ncprior.training.processes import in_turn, make_fabric
 from ncprior.vaes import build_vae
+from ncprior.vaes.nvae.checkpoint import load_published
+
+KEPT_SECTIONS = ("data", "fit", "diagnose")
+"""What a recipe says of a VAE that was trained elsewhere."""
 
 DEMO: Recipe = {
     "data": {"source": "digits"},
@@ -41,11 +50,17 @@ def train_run(
     """Stage 1 into a run directory. `changes` go on top of the recipe's [train]."""
     recipe = recipe | {"train": recipe.get("train", {}) | changes}
     check_recipe(recipe, "recipe")
-    run = _start(recipe, out, resume, overwrite)
-    if run.has_vae:
+    options = recipe["train"]
+    where = {name: options[name] for name in ("device", "precision", "devices") if name in options}
+    fabric = make_fabric(**where)  # now, so that one process alone makes the directory
+    run, loaded = in_turn(
+        fabric,
+        lambda: _loaded(_start(recipe, out, resume, overwrite)),
+        lambda: _loaded(Run.open(out)),
+    )
+    if loaded is None:
         return run
-    data, splits = run.load_data()
-    options = run.section("train")
+    data, splits = loaded
     with torch.random.fork_rng([]):
         torch.manual_seed(stream_seed(options.get("seed", 0), "vae weights"))
         vae = build_vae(
@@ -62,42 +77,87 @@ def train_run(
         progress=progress,
         **options,
     )
-    run.save_vae(vae.cpu())
-    (run.path / "vae-checkpoint.pt").unlink(missing_ok=True)
+    vae.cpu()
+    if fabric.is_global_zero:
+        run.save_vae(vae)
+        (run.path / "vae-checkpoint.pt").unlink(missing_ok=True)
+    fabric.barrier()
+    return run
+
+
+def convert_nvae(
+    checkpoint: Path, out: Path, *, recipe: Recipe | None = None, overwrite: bool = False
+) -> Run:
+    """A published NVAE checkpoint as a run directory, with [data], [fit], [diagnose] of `recipe`.
+
+    Without a recipe, [data] is for the user to add before anything that needs images.
+    """
+    if (out / "config.toml").exists() and not overwrite:
+        raise ValueError(f"{out} already holds a run; pass --overwrite, or another --out")
+    vae = load_published(checkpoint)
+    size = {name: value for name, value in vae.config.items() if name != "image_shape"}
+    kept = {name: (recipe or {})[name] for name in KEPT_SECTIONS if name in (recipe or {})}
+    run = _start({"vae": {"network": "nvae"} | size} | kept, out, False, overwrite)
+    run.save_vae(vae)
     return run
 
 
 def fit_run(
     run: Run,
     *,
+    groups: str | Sequence[int] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     **changes: Any,
 ) -> NoiseContrastivePrior:
-    """Stage 2 in a run directory. `changes` go on top of its [fit]."""
+    """Stage 2 in a run directory. `changes` go on top of its [fit].
+
+    With `groups` only these latent groups are fitted, as a part that joins the others. Processes
+    that torchrun or Slurm started each take a share of them.
+    """
     vae = run.load_vae()
-    if run.has_prior and resume:
+    number, count = process_place()
+    if groups is None:
+        groups = run.section("fit").get("groups")
+    wanted = None if groups is None else check_groups(groups, vae.num_groups)
+    if count > 1:
+        wanted = share_of(wanted or range(vae.num_groups), number, count)
+    parts, place = Parts(run), "ncp" if wanted is None else f"ncp-{spell_groups(wanted)}"
+    done = run.has_prior if wanted is None else parts.has(wanted)
+    if done and resume:
         return run.load_prior(vae)
-    checkpoint = run.path / "ncp-checkpoint.pt"
-    if (run.has_prior or checkpoint.exists()) and not resume and not overwrite:
+    checkpoint = run.path / f"{place}-checkpoint.pt"
+    in_the_way = parts.names() if wanted is None else parts.overlapping(wanted)
+    whole = run.has_prior and not parts.names()
+    if (whole or in_the_way or (checkpoint.exists() and not resume)) and not overwrite:
         what = "a fitted prior" if run.has_prior else "an unfinished fit"
-        raise ValueError(f"{run.path} holds {what}; pass --resume to go on or --overwrite to refit")
+        of = f" of groups {'; '.join(in_the_way)}" if in_the_way else ""
+        raise ValueError(
+            f"{run.path} holds {what}{of}; pass --resume to go on or --overwrite to refit"
+        )
     if not resume:
         checkpoint.unlink(missing_ok=True)
-    run.config["fit"] = run.section("fit") | changes
-    check_recipe({"fit": run.config["fit"]}, "fit")
+    fit = {name: v for name, v in (run.section("fit") | changes).items() if name != "groups"}
+    check_recipe({"fit": fit}, "fit")
     data, splits = run.load_data()
     prior = fit_prior(
         vae,
         data,
         rows=splits.train,
+        groups=wanted,
         directory=run.path,
         resume=resume,
-        progress=progress,
-        **run.config["fit"],
-    )
-    run.save_prior(prior.cpu())
+        progress=progress and number == 0,
+        **fit,
+    ).cpu()
+    run.config["fit"] = run.section("fit") | changes
+    if in_the_way:
+        parts.remove(in_the_way)
+    if wanted is None:
+        run.save_prior(prior)
+    else:
+        prior = parts.add(prior)
     (run.path / "metrics.json").unlink(missing_ok=True)  # its figures were of another prior
     run.write_config()
     checkpoint.unlink(missing_ok=True)
@@ -184,7 +244,13 @@ def _start(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Run:
     return Run.create(out, recipe)
 
 
+def _loaded(run: Run) -> tuple[Run, tuple[ImageDataset, Splits] | None]:
+    """A run and the data to train on; none if its VAE is trained."""
+    return run, None if run.has_vae else run.load_data()
+
+
 def _lasting(section: dict[str, Any]) -> dict[str, Any]:
     """A section without what may change when a run is taken up again, after a NaN for example."""
-    changeable = {"learning_rate", "clip_norm", "device", "precision", "tensorboard"}
+    changeable = {"learning_rate", "learning_rate_end", "clip_norm", "retries"}
+    changeable |= {"device", "devices", "precision", "tensorboard"}
     return {name: value for name, value in section.items() if name not in changeable}

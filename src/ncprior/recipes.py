@@ -52,10 +52,12 @@ def known_keys() -> dict[str, set[str]]:
     from ncprior.diagnosis import diagnose
     from ncprior.training import fit_prior, train_vae
     from ncprior.vaes.build import build_vae, flat_vae
+    from ncprior.vaes.nvae import NVAE
 
+    of_the_data = {"image_shape", "image_mean"}
     return {
         "data": _arguments(load_data),
-        "vae": (_arguments(build_vae) | _arguments(flat_vae)) - {"image_shape", "image_mean"},
+        "vae": (_arguments(build_vae) | _arguments(flat_vae) | _arguments(NVAE)) - of_the_data,
         "train": _arguments(train_vae) - {"vae", "data", *RUN_OPTIONS},
         "fit": _arguments(fit_prior) - {"vae", "data", *RUN_OPTIONS},
         "diagnose": _arguments(diagnose) - {"vae", "data", "prior", "features", *RUN_OPTIONS},

@@ -10,6 +10,7 @@ report.html
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 from zipfile import BadZipFile
@@ -33,9 +34,11 @@ from ncprior.storage import (
     write_bytes,
     write_json,
 )
-from ncprior.vaes.build import build_vae
+from ncprior.vaes import NVAE, build_vae
 
 FORMAT = 1
+VAES: dict[str, Callable[..., Any]] = {"FlatVAE": build_vae, "NVAE": NVAE}
+"""What makes a VAE of the arguments in vae/config.json."""
 
 
 class Run:
@@ -102,8 +105,14 @@ class Run:
 
     def load_data(self) -> tuple[ImageDataset, Splits]:
         """The images, with the splits that the run recorded once it did."""
-        data, splits = load_data(**self.section("data"))
         recorded = self.read_splits()
+        if self.has_vae and not recorded and "data" not in self.config:  # it was converted
+            raise ValueError(
+                f"{self.path} does not say which images its VAE was trained on; add a section "
+                f'[data] to {self.path}/config.toml, with source = "..." and what else '
+                "ncprior.load_data takes"
+            )
+        data, splits = load_data(**self.section("data"))
         if recorded:
             kept = Splits(*(recorded[name] for name in Splits._fields))
             if max(int(rows.max()) for rows in kept) >= len(data):
@@ -133,7 +142,7 @@ class Run:
         write_bytes(self.path / "splits.npz", content.getvalue())
 
     def save_vae(self, vae: Any) -> None:
-        config = {"format": FORMAT, "class": "FlatVAE", "arguments": vae.config}
+        config = {"format": FORMAT, "class": type(vae).__name__, "arguments": vae.config}
         save_tensors(self.path / "vae", config, vae.state_dict())
 
     def load_vae(self) -> Any:
@@ -178,12 +187,12 @@ def load_vae(path: str | Path) -> Any:
     """The VAE of a run directory, in evaluation mode, on the CPU."""
     directory = Path(path) / "vae"
     config, tensors = load_tensors(directory)
-    if config.get("format") != FORMAT or config.get("class") != "FlatVAE":
+    if config.get("format") != FORMAT or config.get("class") not in VAES:
         raise ValueError(
             f"{directory}/config.json is of format {config.get('format')!r} and class "
-            f"{config.get('class')!r}; this version reads FlatVAE of format {FORMAT}"
+            f"{config.get('class')!r}; this version reads {' and '.join(VAES)} of format {FORMAT}"
         )
-    vae = build_vae(**config["arguments"])
+    vae = VAES[config["class"]](**config["arguments"])
     restore(vae, tensors, directory)
     return vae.eval()
 

@@ -53,6 +53,46 @@ class RowDensity(Density, Protocol):
         ...
 
 
+class Posterior(Protocol):
+    """q(z_k | z_<k, x), whose batch axis is the row of the walk.
+
+    A posterior made of flows knows log q cheaply at its own draws only, so that whoever needs both
+    asks for them together.
+    """
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def event_shape(self) -> tuple[int, ...]: ...
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> Tensor:
+        """Draws (*sample_shape, *batch_shape, *event_shape), without gradient."""
+        ...
+
+    def rsample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> Tensor:
+        """The same, differentiable in the posterior's parameters."""
+        ...
+
+    def rsample_and_log_prob(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The draws of `rsample` and log q there in nats, (*sample_shape, *batch_shape)."""
+        ...
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats anywhere; may be slow."""
+        ...
+
+    def row(self, index: int) -> "Posterior":
+        """The posterior of one row, with batch shape ()."""
+        ...
+
+
 class Repeated:
     """The same density, of batch shape (), for each of `num` rows."""
 
@@ -86,8 +126,21 @@ class Group(NamedTuple):
     """One latent group, given the groups before it, for n rows."""
 
     prior: RowDensity  # p(z_k | z_<k), batch_shape (n,)
-    posterior: Normal | None  # q(z_k | z_<k, x), batch_shape (n,); None without evidence
+    posterior: Posterior | None  # q(z_k | z_<k, x), batch_shape (n,); None without evidence
     context: Tensor | None  # c(z_<k), (n, ...), what the prior's parameters are made of
+
+    def standardize(self, z: Tensor, rows: slice = slice(None)) -> Tensor:
+        """z (n, *event) or (n, m, *event) of some rows, in the coordinate that ratios see.
+
+        Where a normal prior varies with the context it is the one in which that prior is N(0, I):
+        a ratio of densities is the same in every coordinate, and this one is the easiest to learn.
+        """
+        if self.context is None or not isinstance(self.prior, Normal):
+            return z
+        loc, scale = self.prior.loc[rows], self.prior.scale[rows]
+        if z.ndim > loc.ndim:
+            loc, scale = loc[:, None], scale[:, None]
+        return (z - loc) / scale
 
 
 class VAE(Protocol):
@@ -146,10 +199,19 @@ class Walked(NamedTuple):
     latents: list[Tensor]  # one (n, *event) per group
 
 
-def walk(vae: VAE, choose: Choose, num: int, evidence: Evidence | None = None) -> Walked:
-    """Go through the groups of `vae` for `num` rows; `choose(k, group)` picks each z_k."""
+def walk(
+    vae: VAE,
+    choose: Choose,
+    num: int,
+    evidence: Evidence | None = None,
+    groups: int | None = None,
+) -> Walked:
+    """Go through the groups of `vae` for `num` rows; `choose(k, group)` picks each z_k.
+
+    With `groups` the walk ends after that many.
+    """
     state, latents = vae.start(num), []
-    for k in range(vae.num_groups):
+    for k in range(vae.num_groups if groups is None else groups):
         z = choose(k, vae.group(state, evidence))
         state = vae.advance(state, z)
         latents.append(z)

@@ -6,6 +6,7 @@ from torch import nn
 from toys import ExactFlat, TwoGroups, linear_vae, standard_normal
 
 from ncprior import GaussianMixture, NoiseContrastivePrior
+from ncprior.metrics import base_log_ratios
 from ncprior.numerics import LogZ, log_z
 from ncprior.ratios import MLPRatio
 
@@ -37,7 +38,8 @@ def test_density_is_normalised_by_log_z(rng):
 
 def test_log_z_from_draws(rng):
     prior = tilted()
-    found = log_z(prior.draw_log_ratio(50_000, generator=rng, chunk=777))
+    vae = ExactFlat(2).with_prior(prior.base)
+    found = log_z(base_log_ratios(vae, prior, 50_000, generator=rng, rows_at_once=777))
     assert found.num == 50_000
     assert abs(found.value - prior.log_z.value) < 4 * found.se
 
@@ -63,8 +65,9 @@ def test_weight_repeats_the_context_of_its_rows(rng):
     chosen = torch.randn(5, 3, generator=rng, dtype=torch.float64)
     group = vae.group((5, [chosen]))
     z = torch.randn(2, 4, 3, generator=rng, dtype=torch.float64)
-    expected = (z - chosen[3:5, None]).square().sum(-1)
-    torch.testing.assert_close(prior.weight(1, group, z, slice(3, 5)), expected)
+    standard = (z - vae.b * chosen[3:5, None]) / vae.s  # the base's coordinate
+    expected = (standard - chosen[3:5, None]).square().sum(-1)
+    torch.testing.assert_close(prior.weigher(1, group)(z, slice(3, 5)), expected)
 
 
 def test_under_puts_its_base_below():

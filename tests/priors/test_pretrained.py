@@ -91,7 +91,7 @@ def test_other_format_or_class(change, saved):
 def test_weights_of_another_size(saved):
     file = saved / "config.json"
     config = json.loads(file.read_text())
-    config["ratios"][0]["latent_size"] = 7
+    config["ratios"][0]["latent_shape"] = [7]
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"do not fit its config\.json"):
         NoiseContrastivePrior.from_pretrained(saved)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ncprior.ratios import NETWORKS, MLPRatio, ResidualRatio
-from ncprior.ratios.networks import EnsembleLinear, dropout
+from ncprior.ratios.flat import EnsembleLinear, dropout
 
 MAKERS = {
     "mlp": lambda members: MLPRatio(3, hidden=(8, 5), members=members),
@@ -97,8 +97,8 @@ def test_dropout_only_in_training(rng):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: MLPRatio(0), "latent_size and members"),
-        (lambda: MLPRatio(2, members=0), "latent_size and members"),
+        (lambda: MLPRatio(0), "latent_shape, members"),
+        (lambda: MLPRatio(2, members=0), "latent_shape, members"),
         (lambda: MLPRatio(2, activation="gelu"), "activation must be one of tanh, relu, silu"),
         (lambda: ResidualRatio(2, width=0), "width and blocks"),
         (lambda: ResidualRatio(2, blocks=0), "width and blocks"),

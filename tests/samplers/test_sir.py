@@ -190,9 +190,9 @@ def test_pool_without_weight_stops(rng):
         sir(normal, lambda z, _: z[..., 0] * 0 - torch.inf, 2, 3000, generator=rng)
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"m": 0}, {"chunk": 0}])
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"m": 0}, {"chunk": 0}, {"block": 0}])
 def test_counts_must_be_positive(wrong, rng):
-    with pytest.raises(ValueError, match="n, m and chunk must be at least 1"):
+    with pytest.raises(ValueError, match="n, m, chunk and block must be at least 1"):
         sir(normal, tilt(1), **({"n": 2, "m": 2, "generator": rng} | wrong))
 
 

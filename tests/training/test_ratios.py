@@ -8,7 +8,7 @@ from toys import TwoGroups, gaussian_images, linear_vae, true_log_ratio
 
 import ncprior
 from ncprior.numerics import log_mean_exp
-from ncprior.training.pairs import draw_pairs, log_ratios
+from ncprior.training.pairs import draw_pairs
 from ncprior.walk import from_posterior, walk
 
 QUIET = {"tensorboard": False, "progress": False, "device": "cpu"}
@@ -189,8 +189,8 @@ def test_presets(preset, rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "tiny"}, "preset must be one of small, large, published"),
-        ({"network": "conv"}, "network must be one of mlp, residual"),
+        ({"preset": "tiny"}, "preset must be one of small, large, published, groups, groups-small"),
+        ({"network": "cnn"}, "network must be one of mlp, residual, conv"),
         ({"steps": 0}, "steps must be positive"),
         ({"batch_size": -1}, "batch_size must be positive"),
         ({"learning_rate": math.nan}, "learning_rate must be positive"),
@@ -207,8 +207,6 @@ def test_settings_that_cannot_work(options, message, rng):
 
 def test_pairs_share_the_groups_before_them(rng):
     """Prior draws of group 2 follow the posterior's z1, which is their context."""
-    from toys import TwoGroups
-
     vae = TwoGroups()
     images = torch.rand(1, 1, 1, 3, generator=rng, dtype=torch.float64)
     n = 20_000
@@ -216,32 +214,31 @@ def test_pairs_share_the_groups_before_them(rng):
     first, second = draw_pairs(vae, evidence, n, rng)
     assert first.context is None
     torch.testing.assert_close(second.context, first.posterior)
-    # Residuals of p(z2 | z1) have variance s^2, 4 standard errors.
-    for pair, mean in ((second.prior, vae.b * second.context), (first.prior, 0)):
-        variance = vae.s**2 if pair is second.prior else 1.0
-        error = 4 * variance * math.sqrt(2 / (3 * n))
-        assert abs((pair - mean).square().mean() - variance) < error
+    # In the coordinate of the ratios each prior is N(0, I): variance 1, to 4 standard errors.
+    for pair in (second.prior, first.prior):
+        assert abs(pair.square().mean() - 1) < 4 * math.sqrt(2 / (3 * n))
+    # z2 of the posterior and of the prior hang on the same z1, in that coordinate not at all.
+    exact = (vae.group((n, [first.posterior]), vae.encode(images))).posterior
+    expected = (exact.loc - vae.b * first.posterior) / vae.s
+    assert (second.posterior - expected).mean().abs().detach() < 4 * float(
+        exact.scale.max()
+    ) / vae.s / n**0.5
     assert not second.prior.requires_grad
 
 
-def test_log_ratios_in_pieces(rng):
-    ratio = lambda z, context: (z + context).sum(-1)
-    pairs = draw_pairs(linear_vae(), (torch.zeros(10, 2), torch.ones(10, 2)), 10, rng)[0]
-    pairs = pairs._replace(context=torch.arange(20.0).view(10, 2))
-    for whole, parts in zip(log_ratios(ratio, pairs), log_ratios(ratio, pairs, 3), strict=True):
-        torch.testing.assert_close(parts, whole)
+def test_pairs_of_some_groups_are_those_of_all(rng):
+    vae, images = TwoGroups(), torch.rand(50, 1, 1, 3, generator=rng, dtype=torch.float64)
+    every = draw_pairs(vae, vae.encode(images), 50, rng.manual_seed(5))
+    for k in range(2):
+        (one,) = draw_pairs(vae, vae.encode(images), 50, rng.manual_seed(5), [k])
+        assert torch.equal(one.posterior, every[k].posterior)
+        assert torch.equal(one.prior, every[k].prior)
 
 
 def test_toy_posterior_is_the_aggregate(fitted, rng):
     vae, images, _ = fitted
     z = walk(vae, from_posterior(rng), len(images), vae.encode(images)).latents[0]
     moments_within(z, torch.zeros(2))
-
-
-def test_hierarchical_vaes_are_refused_for_now(rng):
-    """Their ratios need the context of the groups before; leaving it out would be wrong."""
-    with pytest.raises(ValueError, match="one group of latents"):
-        ncprior.fit_prior(TwoGroups(), torch.rand(20, 1, 1, 3, generator=rng), **QUIET)
 
 
 def test_resuming_on_another_vae_is_refused(rng, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from ncprior.numerics import log_mean_exp
-from ncprior.walk import Group, walk
+from ncprior.walk import Group, from_prior, walk
 
 
 class Bounds(NamedTuple):
@@ -61,10 +61,10 @@ def _log_weights(
 
     def choose(k: int, group: Group) -> Tensor:
         assert group.posterior is not None
-        z = group.posterior.sample(generator=generator)
-        terms.append(group.prior.log_prob(z) - group.posterior.log_prob(z))
+        z, log_q = group.posterior.rsample_and_log_prob(generator=generator)
+        terms.append(group.prior.log_prob(z) - log_q)
         if prior is not None:
-            ratios.append(prior.log_ratio(k, z, group.context))
+            ratios.append(prior.log_ratio(k, z, group))
         return z
 
     walked = walk(vae, choose, copies * len(images), evidence)
@@ -73,3 +73,32 @@ def _log_weights(
     shape = (copies, len(images))
     log_r: Tensor | float = torch.stack(ratios).sum(0).view(shape) if ratios else 0.0
     return torch.stack(terms).sum(0).view(shape), log_r
+
+
+@torch.no_grad()
+def base_log_ratios(
+    vae: Any, prior: Any, num: int, *, generator: Generator, rows_at_once: int = 8192
+) -> Tensor:
+    """log r = sum_k log r_k in nats at `num` draws of the base prior, (num,); for the global log Z.
+
+    Args:
+        vae: The VAE on the prior's base (`prior.under(vae)`), in evaluation mode.
+        prior: A `NoiseContrastivePrior`.
+        num: Number of draws.
+        generator: Source of the draws.
+        rows_at_once: Draws held at a time.
+
+    Reference: section 4.4 of Aneja et al. (NeurIPS 2021): the density normalised as a whole.
+    """
+    from_base, pieces = from_prior(generator), []
+    for first in range(0, num, rows_at_once):
+        total = []
+
+        def choose(k: int, group: Group) -> Tensor:
+            z = from_base(k, group)
+            total.append(prior.log_ratio(k, z, group))  # noqa: B023
+            return z
+
+        walk(vae, choose, min(rows_at_once, num - first))
+        pieces.append(torch.stack(total).sum(0))
+    return torch.cat(pieces)

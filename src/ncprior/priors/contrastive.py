@@ -6,7 +6,7 @@ normalised product r_1 p_1 ... r_K p_K / Z. With one group, or perfect ratios, t
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -14,8 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ncprior.groups import check_groups
 from ncprior.numerics import LogZ
 from ncprior.priors.pretrained import load_prior, save_prior
+from ncprior.ratios import RatioNetwork, UnitRatio
 from ncprior.walk import Density, Group
 
 
@@ -24,6 +26,7 @@ class NoiseContrastivePrior(nn.Module):
 
     Args:
         ratios: K modules; the k-th maps z_k (n, *event) and its context to log r_k (n,) in nats.
+            Where there is a context, z_k comes in the coordinate of `Group.standardize`.
         base: The base prior under a flat VAE; None for the VAE's own.
         log_z: The global log Z, once it was estimated; `log_prob` needs it.
 
@@ -62,18 +65,74 @@ class NoiseContrastivePrior(nn.Module):
             return vae
         return vae.with_prior(self.base)
 
-    def log_ratio(self, k: int, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """log r_k(z_k, c(z_<k)) in nats, (n,)."""
-        return self.ratios[k](z, context)
+    def log_ratio(self, k: int, z: Tensor, group: Group | None = None) -> Tensor:
+        """log r_k(z_k, c(z_<k)) in nats for z (n, *event), (n,).
 
-    def weight(self, k: int, group: Group, z: Tensor, draws: slice) -> Tensor:
-        """log r_k of proposals z (j, m, *event) for rows `draws` of a walk, (j, m)."""
+        Args:
+            k: The latent group, from 0.
+            z: Latents of that group.
+            group: What the walk says of it; only a group without context can do without.
+        """
+        if group is None:
+            return self.ratios[k](z, None)
+        return self.ratios[k](group.standardize(z), group.context)
+
+    def weigher(self, k: int, group: Group) -> Callable[[Tensor, slice], Tensor]:
+        """A function from z (j, m, *event) for some rows of a walk to log r_k in nats, (j, m).
+
+        What the context adds to the network is computed here, once for all proposals.
+        """
+        ratio, dtype = self.ratios[k], self.weighs_in
         context = group.context
-        if context is not None:
-            context = context[draws].repeat_interleave(z.shape[1], 0)
-        flat = z.flatten(0, 1)
-        flat = flat if self.weighs_in is None else flat.to(self.weighs_in)
-        return self.log_ratio(k, flat, context).view(z.shape[:2]).to(z.dtype)
+        if dtype is not None and context is not None:
+            context = context.to(dtype)
+        embedded = ratio.embed(context) if isinstance(ratio, RatioNetwork) else context
+
+        def weigh(z: Tensor, rows: slice) -> Tensor:
+            x = group.standardize(z, rows)
+            x = x if dtype is None else x.to(dtype)
+            own = None if embedded is None else embedded[rows]
+            if isinstance(ratio, RatioNetwork):
+                return ratio.weigh(x, own).to(z.dtype)
+            own = None if own is None else own.repeat_interleave(z.shape[1], 0)
+            return ratio(x.flatten(0, 1), own).view(z.shape[:2]).to(z.dtype)
+
+        return weigh
+
+    def only(self, groups: Iterable[int]) -> Self:
+        """The same prior with its ratios in `groups` alone; the others keep their base prior."""
+        wanted = check_groups(groups, self.num_groups)
+        ratios = [r if k in wanted else UnitRatio() for k, r in enumerate(self.ratios)]
+        other = type(self)(ratios, self.base)
+        other.record, other.heldout_rows = self.record, self.heldout_rows
+        return other.train(self.training)
+
+    @property
+    def fitted_groups(self) -> list[int]:
+        """The groups that have a ratio; the others keep their base prior."""
+        return [k for k, ratio in enumerate(self.ratios) if not isinstance(ratio, UnitRatio)]
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """One prior from parts that were fitted on different groups of the same VAE.
+
+        Raises:
+            ValueError: parts of different VAEs, or a group in two parts.
+        """
+        first = parts[0]
+        joined = cls(list(first.ratios), first.base)
+        joined.record = first.record | {"groups": list(first.record.get("groups", []))}
+        joined.heldout_rows = first.heldout_rows
+        for part in parts[1:]:
+            if part.record.get("vae") != first.record.get("vae"):
+                raise ValueError("the parts of a prior must have been fitted on the same VAE")
+            for k in part.fitted_groups:
+                if k in joined.fitted_groups:
+                    raise ValueError(f"group {k} is in two parts of the prior; remove one of them")
+                joined.ratios[k] = part.ratios[k]
+                if part.record:
+                    joined.record["groups"][k] = part.record["groups"][k]
+        return joined.train(first.training)
 
     def in_bfloat16(self) -> Self:
         """A copy whose ratios are computed in bfloat16; the base keeps its precision."""
@@ -104,15 +163,6 @@ class NoiseContrastivePrior(nn.Module):
         if self.base is None or self.num_groups > 1:
             raise ValueError("a density needs one group and a base; set prior.base = vae.prior")
         return self.base
-
-    @torch.no_grad()
-    def draw_log_ratio(self, num: int, *, generator: torch.Generator, chunk: int = 8192) -> Tensor:
-        """log r at `num` draws of the base (num,), in pieces of `chunk`; for log Z and its ESS."""
-        base = self._density()
-        pieces = [min(chunk, num - first) for first in range(0, num, chunk)]
-        return torch.cat(
-            [self.log_ratio(0, base.sample((k,), generator=generator)) for k in pieces]
-        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors into `directory`."""

@@ -8,10 +8,10 @@ from torch import nn
 from ncprior.normal import StandardNormal
 from ncprior.numerics import LogZ
 from ncprior.priors.mixture import GaussianMixture
-from ncprior.ratios import NETWORKS
+from ncprior.ratios import NETWORKS, UnitRatio
 from ncprior.storage import load_tensors, restore, save_tensors
 
-FORMAT = 1
+FORMAT = 2
 BASES: dict[str, Any] = {"gaussian": StandardNormal, "mixture": GaussianMixture}
 
 
@@ -53,8 +53,8 @@ def load_prior(cls: type, directory: Path) -> Any:
 def _from_config(cls: type, config: dict[str, Any]) -> Any:
     ratios: list[nn.Module] = []
     for options in config["ratios"]:
-        network = NETWORKS[options.pop("network")]
-        ratios.append(network(**options))
+        name = options.pop("network")
+        ratios.append(UnitRatio() if name == "unit" else NETWORKS[name](**options))
     base = None
     if config["base"] is not None:
         base = BASES[config["base"].pop("kind")](**config["base"])

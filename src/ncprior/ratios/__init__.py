@@ -1,14 +1,26 @@
 """Estimates of log r(z) = log q(z) / p(z)."""
 
+from typing import Any
+
+from ncprior.ratios.convolutional import ConvRatio
+from ncprior.ratios.flat import MLPRatio, ResidualRatio
 from ncprior.ratios.nce import calibrate, jsd, nce_loss
-from ncprior.ratios.networks import NETWORKS, MLPRatio, RatioNetwork, ResidualRatio
+from ncprior.ratios.network import RatioNetwork
+from ncprior.ratios.stacking import join, split
+from ncprior.ratios.unit import UnitRatio
+
+NETWORKS: dict[str, Any] = {"mlp": MLPRatio, "residual": ResidualRatio, "conv": ConvRatio}
 
 __all__ = [
     "NETWORKS",
+    "ConvRatio",
     "MLPRatio",
     "RatioNetwork",
     "ResidualRatio",
+    "UnitRatio",
     "calibrate",
+    "join",
     "jsd",
     "nce_loss",
+    "split",
 ]

@@ -8,7 +8,16 @@ import torch
 from torch import Generator, Tensor
 
 BLOCK = 1024
-"""Proposals asked for at a time. A constant, so that `chunk` never changes what is drawn."""
+"""Proposals asked for at a time. It is part of what is drawn, which `chunk` never is."""
+BLOCK_NUMBERS = 1 << 20
+
+
+def block_for(event_shape: Sequence[int]) -> int:
+    """Proposals of that shape to ask for at a time, so that a block holds about a million numbers.
+
+    A function of the shape alone, so that the same seed gives the same draws on every machine.
+    """
+    return max(16, min(BLOCK, BLOCK_NUMBERS // max(1, math.prod(event_shape))))
 
 
 class SIRResult(NamedTuple):
@@ -26,6 +35,7 @@ def sir(
     *,
     generator: Generator | Sequence[Generator],
     chunk: int = 4096,
+    block: int = BLOCK,
 ) -> SIRResult:
     """Sample r(z) p(z) / Z by sampling-importance-resampling.
 
@@ -43,6 +53,7 @@ def sir(
             which then depends on nothing else, neither n nor `chunk`.
         chunk: About how many proposals are weighed at a time, and a quarter of how many are held.
             It changes speed and memory, never the law.
+        block: Proposals that are asked for at a time; another value gives other draws.
 
     Raises:
         ValueError: n, m or chunk below 1, a wrong number of generators, a log_ratio of the wrong
@@ -50,18 +61,20 @@ def sir(
 
     Reference: Aneja et al. (NeurIPS 2021), section 4.3; Gumbel-max: Maddison et al. (2014).
     """
-    if n < 1 or m < 1 or chunk < 1:
-        raise ValueError(f"n, m and chunk must be at least 1, got {n=}, {m=}, {chunk=}")
+    if min(n, m, chunk, block) < 1:
+        raise ValueError(
+            f"n, m, chunk and block must be at least 1, got {n=}, {m=}, {chunk=}, {block=}"
+        )
     generators = [generator] * n if isinstance(generator, Generator) else list(generator)
     if len(generators) != n:
         raise ValueError(f"generator must be one or {n} (one a draw), got {len(generators)}")
 
-    together = max(1, 4 * chunk // min(m, BLOCK))
+    together = max(1, 4 * chunk // min(m, block))
     parts, held = [], None
     for first in range(0, n, together):
         draws = slice(first, min(first + together, n))
         streams = [_Stream(propose, i, m, generators[i]) for i in range(n)[draws]]
-        *part, held = _resample(streams, log_ratio, draws, m, chunk, held)
+        *part, held = _resample(streams, log_ratio, draws, m, chunk, block, held)
         parts.append(part)
     return SIRResult(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -78,8 +91,8 @@ class _Stream:
     ) -> None:
         self.propose, self.i, self.m, self.generator = propose, i, m, generator
 
-    def block(self, first: int) -> tuple[Tensor, Tensor]:
-        k = min(BLOCK, self.m - first)
+    def block(self, first: int, size: int) -> tuple[Tensor, Tensor]:
+        k = min(size, self.m - first)
         z = self.propose(self.i, k, self.generator)
         uniform = torch.rand(k, generator=self.generator, device=z.device, dtype=torch.float64)
         return z, uniform
@@ -91,6 +104,7 @@ def _resample(
     draws: slice,
     m: int,
     chunk: int,
+    block: int,
     held: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Picks, pool sizes and log mean ratios of a few draws; and the block of memory, for the next.
@@ -99,8 +113,8 @@ def _resample(
     """
     rows = torch.arange(len(streams))
     state: State | None = None
-    for first in range(0, m, BLOCK):
-        blocks = [stream.block(first) for stream in streams]
+    for first in range(0, m, block):
+        blocks = [stream.block(first, block) for stream in streams]
         k, event = len(blocks[0][0]), blocks[0][0].shape[1:]
         if held is None:
             held = blocks[0][0].new_empty((len(streams), k, *event))

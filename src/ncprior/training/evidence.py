@@ -1,4 +1,4 @@
-"""What the frozen encoder says of every training image, computed once and kept.
+"""What the frozen encoder says of every training image, computed once and kept where it fits.
 
 Where the input is drawn anew on each pass (dynamic binarisation, flips) the kept values are
 refreshed a slice at a step, so that over time each image is encoded from many draws and a batch
@@ -6,6 +6,7 @@ still follows q(z). Which draw a slice holds is a function of the step alone: a 
 the same table.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,52 @@ from torch import Tensor
 
 from ncprior.numerics import stream
 from ncprior.walk import Evidence
+
+KEPT_NUMBERS = 1 << 29  # two GiB of evidence
+
+
+def evidence_of(
+    vae: Any,
+    data: Any,
+    rows: Tensor,
+    *,
+    slices: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> "EvidenceTable | EvidenceStream":
+    """The table, or where the evidence of all rows is too large, what encodes each batch anew."""
+    probe = encode(vae, data, rows[:2], generator=stream(seed, "evidence probe"), device=device)
+    if len(rows) * sum(math.prod(part.shape[1:]) for part in probe) > KEPT_NUMBERS:
+        return EvidenceStream(vae, data, rows, seed=seed, device=device)
+    return EvidenceTable(vae, data, rows, slices=slices, seed=seed, device=device)
+
+
+class EvidenceStream:
+    """Evidence of rows 0..n-1 of `rows`, encoded when it is asked for; as `EvidenceTable`."""
+
+    def __init__(
+        self,
+        vae: Any,
+        data: Any,
+        rows: Tensor,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.vae, self.data, self.rows, self.seed, self.device = vae, data, rows, seed, device
+        self.step = 0
+
+    def advance(self, step: int) -> None:
+        """The step whose draws of the input come next."""
+        self.step = step
+
+    def __getitem__(self, positions: Tensor) -> Evidence:
+        rows = self.rows[positions.cpu()]
+        generator = stream(self.seed, "evidence", self.step)
+        return encode(self.vae, self.data, rows, generator=generator, device=self.device)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 class EvidenceTable:

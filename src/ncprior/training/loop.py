@@ -3,9 +3,8 @@
 import csv
 import io
 import math
+import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +12,14 @@ from torch import Generator, Tensor, nn
 
 from ncprior.numerics import stream_seed
 from ncprior.storage import write_bytes
-from ncprior.training.checkpoints import load_checkpoint, save_checkpoint
 from ncprior.training.interrupt import Interrupt
-from ncprior.training.progress import progress_bar
+from ncprior.training.keeping import Diverged, Keeper, Place, Standing, check_finite
+from ncprior.training.processes import any_process, make_fabric, mean_over_processes
+from ncprior.training.progress import Bar, progress_bar
+
+__all__ = ["Diverged", "Interrupted", "Job", "Place", "cosine", "make_fabric", "optimise"]
+
+LOOK_EVERY = 10  # steps between looks at what a GPU or the other processes found
 
 
 class Job(Protocol):
@@ -51,24 +55,6 @@ class Interrupted(Exception):
     """Ctrl-C was met between two steps; a checkpoint was saved if there is a place for one."""
 
 
-class Diverged(ValueError):
-    """The loss is no longer finite."""
-
-
-@dataclass
-class Place:
-    """Where a run in progress lives; without a directory it leaves no trace."""
-
-    directory: Path | None = None
-    stage: str = "train"
-    resume: bool = False
-    tensorboard: bool = True
-    checkpoint: Path | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.checkpoint = self.directory / f"{self.stage}-checkpoint.pt" if self.directory else None
-
-
 def optimise(
     job: Job,
     fabric: Any,
@@ -76,114 +62,203 @@ def optimise(
     place: Place,
     steps: int,
     learning_rate: float,
+    learning_rate_end: float = 0.0,
+    optimizer: str = "adamw",
+    eps: float = 1e-8,
     weight_decay: float = 0.0,
     warmup: int = 0,
     clip_norm: float | None = None,
+    retries: int = 3,
     seed: int = 0,
     evaluate_every: int = 250,
     checkpoint_every: int = 1000,
     description: str = "training",
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Minimise the job's loss by AdamW with a cosine schedule; return one row per evaluation.
+    """Minimise the job's loss with a cosine schedule; return one row per evaluation.
 
     All randomness of a step follows from `seed` and its number, so that a run which was stopped and
     resumed ends with the same weights, bit for bit on one CPU, as one which was not.
 
+    Where the loss or a weight is not finite the run goes back to its last checkpoint, or to its
+    start, and goes on from there with half the learning rate, `retries` times at most. From then on
+    the rows have a column `recoveries`. Nothing that is not finite is ever saved.
+
     Raises:
-        Diverged: the loss or the weights are not finite; the last good checkpoint is kept.
+        Diverged: the loss or the weights are not finite once more; the last good checkpoint is
+            kept.
         Interrupted: Ctrl-C; the work so far is in the checkpoint.
     """
-    _check(steps=steps, learning_rate=learning_rate, evaluate_every=evaluate_every)
-    optimizer: Any = torch.optim.AdamW(
-        job.module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
+    _check(steps=steps, learning_rate=learning_rate, evaluate_every=evaluate_every, eps=eps)
+    if not 0 <= learning_rate_end <= learning_rate:
+        raise ValueError(
+            f"learning_rate_end must be between 0 and learning_rate ({learning_rate:g}), got "
+            f"{learning_rate_end}"
+        )
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0, got {retries}")
+    scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
+    made = _make_optimizer(
+        optimizer,
+        job.module,
+        lr=learning_rate,
+        eps=eps,
+        weight_decay=weight_decay,
+        fused=not (scaled and clip_norm is not None),  # a fused step scales back only by itself
     )
-    model, optimizer = fabric.setup(job.module, optimizer)
-    identity = {"seed": seed, "steps": steps, "warmup": warmup} | job.identity()
-    first, history, totals, counted = _resume(job, optimizer, place, identity)
-    write = fabric.is_global_zero and place.directory is not None
-    writer = _tensorboard(place, first) if write else None
-    generator = Generator(fabric.device)
-    synchronous = fabric.device.type == "cpu"
-    began, started = first, time.perf_counter()
-
-    def save(step: int) -> None:
-        _check_finite(job.module, step, place, learning_rate)
-        if write and place.checkpoint:
-            content = {
-                "identity": identity,
-                "step": step,
-                "weights": job.module.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "job": job.state_dict(),
-                "history": history,
-                "running": {"totals": totals, "counted": counted},
-            }
-            save_checkpoint(place.checkpoint, content)
-
+    model, made = fabric.setup(job.module, made)
+    identity = {"seed": seed, "steps": steps, "warmup": warmup, "optimizer": optimizer}
+    identity |= job.identity()
+    keeper = Keeper(job, made, fabric, place, identity, learning_rate)
+    end = learning_rate_end / learning_rate
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),
         Interrupt() as interrupt,
         progress_bar(description, steps, shown=progress and fabric.is_global_zero) as bar,
     ):
-        for step in range(first, steps):
-            if interrupt.asked:
-                save(step)
-                raise Interrupted(_where_saved(step, place))
-            step_seed = stream_seed(
-                seed, place.stage, step * fabric.world_size + fabric.global_rank
-            )
-            torch.default_generator.manual_seed(step_seed)  # torch.manual_seed takes far longer
-            if devices:
-                torch.cuda.manual_seed(step_seed)
-            generator.manual_seed(step_seed)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * cosine(step, steps, warmup)
-
-            loss, figures = job.loss(model, step, generator)
-            if synchronous and not loss.isfinite():
-                _diverged("the loss", step, place, learning_rate)
-            optimizer.zero_grad(set_to_none=True)
-            fabric.backward(loss)
-            if clip_norm is not None:
-                fabric.clip_gradients(model, optimizer, max_norm=clip_norm)
-            optimizer.step()
-
-            done = step + 1
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-            counted += 1
-            if done % evaluate_every == 0 or done == steps:
-                row = {name: float(total) / counted for name, total in totals.items()}
-                if not all(map(math.isfinite, row.values())):
-                    _diverged("the loss", step, place, learning_rate)
-                row |= job.evaluate(done)
-                history.append({"step": done} | row)
-                bar(done, row)
-                if write:
-                    _log(place, history, writer, (done - began) / (time.perf_counter() - started))
-                totals, counted, began, started = {}, 0, done, time.perf_counter()
-            elif done % 10 == 0:
-                bar(done)
-            if job.should_stop():
-                break
-            if done % checkpoint_every == 0 and done < steps:
-                save(done)
-        _check_finite(job.module, steps, place, learning_rate)
-        if interrupt.asked:
-            save(steps)
+        now = keeper.begin()
+        log = _Log(place, now.step) if fabric.is_global_zero and place.directory else None
+        runner = _Steps(job, model, made, fabric, place.stage, seed, clip_norm)
+        finished = now.step >= steps
+        while not finished:
+            try:
+                if runner.looks(now.step) and any_process(fabric, interrupt.asked):
+                    runner.check()
+                    keeper.keep(now)
+                    raise Interrupted(_where_saved(now.step, place))
+                rate = learning_rate * cosine(now.step, steps, warmup, end) / 2**now.halvings
+                runner.step(now, rate)
+                evaluated = now.step % evaluate_every == 0 or now.step == steps
+                finished = now.step == steps
+                if evaluated:
+                    _evaluate(runner, now, bar, log)
+                    finished = finished or job.should_stop()
+                elif now.step % 10 == 0:
+                    bar(now.step)
+                if finished:
+                    runner.check()
+                    check_finite(job.module)
+                elif now.step % checkpoint_every == 0:
+                    runner.check()
+                    keeper.keep(now)
+            except Diverged as error:
+                found = f"{error} at step {runner.at}"
+                if now.halvings >= retries:
+                    raise Diverged(_advice(found, keeper, learning_rate, now.halvings)) from None
+                now = keeper.go_back(now.halvings + 1)
+                runner.forget()
+                if log:
+                    log.begin(now.step)
+                finished = False
+                if fabric.is_global_zero:
+                    _say(found, now, retries)
+        if any_process(fabric, interrupt.asked):
+            now.step = steps
+            keeper.keep(now)
             raise Interrupted(_where_saved(steps, place))
-    if writer is not None:
-        writer.close()
-    return history
+    if log:
+        log.close()
+    return now.history
 
 
-def cosine(step: int, steps: int, warmup: int = 0) -> float:
+class _Steps:
+    """Takes the steps of a run, and knows of numbers that are not finite as soon as it can.
+
+    The CPU is asked at every step. A GPU would have to be waited for, and processes have to agree:
+    there the steps collect what they find until somebody looks.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: Any,
+        optimizer: Any,
+        fabric: Any,
+        stage: str,
+        seed: int,
+        clip_norm: float | None,
+    ) -> None:
+        self.job, self.model, self.optimizer, self.fabric = job, model, optimizer, fabric
+        self.stage, self.seed, self.clip_norm = stage, seed, clip_norm
+        self.generator = Generator(fabric.device)
+        self.at = 0  # the step last taken
+        self.patient = fabric.device.type != "cpu"
+        self.forget()
+
+    def step(self, now: Standing, rate: float) -> None:
+        """One step of the optimiser; `now` moves on."""
+        fabric, self.at = self.fabric, now.step
+        index = now.step * fabric.world_size + fabric.global_rank
+        step_seed = stream_seed(self.seed, self.stage, index)
+        torch.default_generator.manual_seed(step_seed)  # torch.manual_seed takes far longer
+        if fabric.device.type == "cuda":
+            torch.cuda.manual_seed(step_seed)
+        self.generator.manual_seed(step_seed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, figures = self.job.loss(self.model, now.step, self.generator)
+        self.broken |= ~loss.detach().isfinite()
+        if self.looks(now.step):
+            self.check()
+        self.optimizer.zero_grad(set_to_none=True)
+        fabric.backward(loss)
+        if self.clip_norm is not None:
+            fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.clip_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        for name, value in figures.items():
+            now.totals[name] = now.totals.get(name, 0) + value.detach()
+        now.counted += 1
+        now.step += 1
+
+    def looks(self, step: int) -> bool:
+        """Whether this step is one that waits for the others."""
+        return not self.patient or step % LOOK_EVERY == 0
+
+    def check(self) -> None:
+        """Raise `Diverged` if a loss was not finite since the last call of `forget`."""
+        if any_process(self.fabric, bool(self.broken)):
+            raise Diverged("the loss became NaN or infinite")
+
+    def forget(self) -> None:
+        self.broken = torch.zeros((), dtype=torch.bool, device=self.fabric.device)
+
+
+def _evaluate(runner: _Steps, now: Standing, bar: Bar, log: "_Log | None") -> None:
+    """Add a row to the history: means since the last one, and figures on held-out data."""
+    means = {
+        name: float(mean_over_processes(runner.fabric, total)) / now.counted
+        for name, total in now.totals.items()
+    }
+    runner.check()
+    if not all(map(math.isfinite, means.values())):
+        raise Diverged("the loss became NaN or infinite")
+    row = means | runner.job.evaluate(now.step)
+    if now.halvings:
+        row["recoveries"] = float(now.halvings)
+    now.history.append({"step": now.step} | row)
+    bar(now.step, row)
+    if log:
+        log.write(now)
+    now.totals, now.counted = {}, 0
+
+
+def cosine(step: int, steps: int, warmup: int = 0, end: float = 0.0) -> float:
     """The learning rate of a step as a share of its peak: linear warm-up, then half a cosine."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return end + (1 - end) * falling
+
+
+def _make_optimizer(name: str, module: nn.Module, *, fused: bool, **options: float) -> Any:
+    if name == "adamw":
+        return torch.optim.AdamW(module.parameters(), fused=fused, **options)  # type: ignore[arg-type]
+    if name == "adamax":
+        return torch.optim.Adamax(module.parameters(), foreach=True, **options)  # type: ignore[arg-type]
+    raise ValueError(f'optimizer must be "adamw" or "adamax", got {name!r}')
 
 
 def _check(**positive: float) -> None:
@@ -192,45 +267,20 @@ def _check(**positive: float) -> None:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
-def _resume(
-    job: Job, optimizer: Any, place: Place, identity: dict[str, Any]
-) -> tuple[int, list[Any], dict[str, Any], int]:
-    """Step, history and the sums of figures since the last evaluation."""
-    if not (place.resume and place.checkpoint and place.checkpoint.exists()):
-        return 0, [], {}, 0
-    content = load_checkpoint(place.checkpoint)
-    for name, value in identity.items():
-        if content["identity"].get(name) != value:
-            raise ValueError(
-                f"the checkpoint {place.checkpoint} is of another run: its {name} was "
-                f"{content['identity'].get(name)}, now it is {value}; use the old settings, or run "
-                "without --resume"
-            )
-    try:
-        job.module.load_state_dict(content["weights"])
-        optimizer.load_state_dict(content["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the checkpoint {place.checkpoint} is of a run with other settings "
-            f"({str(error).splitlines()[0]}); use the old ones, or run without --resume"
-        ) from None
-    job.load_state_dict(content["job"])
-    running = content["running"]
-    return content["step"], content["history"], running["totals"], running["counted"]
+def _advice(found: str, keeper: Keeper, learning_rate: float, halvings: int) -> str:
+    halved = f", halved {halvings} times" if halvings else ""
+    return (
+        f"{found}; {keeper.where()}. Try a lower learning_rate (now {learning_rate:g}{halved}) or "
+        "clip_norm = 1.0, and look for extreme values in the data"
+    )
 
 
-def _check_finite(module: nn.Module, step: int, place: Place, learning_rate: float) -> None:
-    if not all(parameter.isfinite().all() for parameter in module.parameters()):
-        _diverged("a weight", step, place, learning_rate)
-
-
-def _diverged(what: str, step: int, place: Place, learning_rate: float) -> None:
-    kept = "no checkpoint was written yet"
-    if place.checkpoint and place.checkpoint.exists():
-        kept = f"the last good checkpoint is kept in {place.checkpoint}"
-    raise Diverged(
-        f"{what} became NaN or infinite at step {step}; {kept}. Try a lower learning_rate "
-        f"(now {learning_rate:g}) or clip_norm = 1.0, and look for extreme values in the data"
+def _say(found: str, now: Standing, retries: int) -> None:
+    """One line on standard error, which a progress bar makes room for."""
+    print(
+        f"{found}: back to step {now.step}, with half the learning rate "
+        f"(recovery {now.halvings} of at most {retries})",
+        file=sys.stderr,
     )
 
 
@@ -240,36 +290,39 @@ def _where_saved(step: int, place: Place) -> str:
     return f"stopped at step {step}; nothing was kept, since no directory was given"
 
 
-def _tensorboard(place: Place, step: int) -> Any:
-    if not place.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+class _Log:
+    """The history as a CSV file and, row by row, in TensorBoard."""
 
-    return SummaryWriter(f"{place.directory}/logs/{place.stage}", purge_step=step)
+    def __init__(self, place: Place, step: int) -> None:
+        self.place = place
+        self.begin(step)
+        self.writer: Any = None
+        if place.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
+            self.writer = SummaryWriter(f"{place.directory}/logs/{place.name}", purge_step=step)
 
-def _log(place: Place, history: list[dict[str, float]], writer: Any, speed: float) -> None:
-    """The whole history as CSV, the newest row to TensorBoard."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, fieldnames=list(history[-1]), restval="", extrasaction="ignore")
-    table.writeheader()
-    table.writerows(history)
-    assert place.directory is not None
-    write_bytes(place.directory / "logs" / f"{place.stage}.csv", text.getvalue().encode())
-    if writer is not None:
-        for name, value in history[-1].items():
-            writer.add_scalar(f"{place.stage}/{name}", value, history[-1]["step"])
-        writer.add_scalar(f"{place.stage}/steps_per_second", speed, history[-1]["step"])
+    def begin(self, step: int) -> None:
+        """From here and now on steps are timed."""
+        self.step, self.time = step, time.perf_counter()
 
+    def write(self, now: Standing) -> None:
+        """The whole history as CSV, the newest row to TensorBoard."""
+        history, run_name, text = now.history, self.place.name, io.StringIO()
+        table = csv.DictWriter(
+            text, fieldnames=list(history[-1]), restval="", extrasaction="ignore"
+        )
+        table.writeheader()
+        table.writerows(history)
+        assert self.place.directory is not None
+        write_bytes(self.place.directory / "logs" / f"{run_name}.csv", text.getvalue().encode())
+        if self.writer is not None:
+            for name, value in history[-1].items():
+                self.writer.add_scalar(f"{run_name}/{name}", value, now.step)
+            speed = (now.step - self.step) / (time.perf_counter() - self.time)
+            self.writer.add_scalar(f"{run_name}/steps_per_second", speed, now.step)
+        self.begin(now.step)
 
-def make_fabric(device: str = "auto", precision: str = "32-true", devices: int = 1) -> Any:
-    """A launched Lightning Fabric. `device` is "auto", "cpu", "cuda" or "mps"."""
-    import warnings
-
-    from lightning_fabric import Fabric
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fabric = Fabric(accelerator=device, devices=devices, precision=precision)  # type: ignore[arg-type]
-        fabric.launch()
-    return fabric
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -38,8 +38,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         noise_ratio=1.0,
         heldout=0.04,
     ),
+    # Latent maps, one classifier per group: the network of the paper's section 5.2.
+    "groups": dict(
+        network="conv",
+        network_options=dict(width=32, blocks=3, stages=3, members=1),
+        steps=20000,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        noise_ratio=1.0,
+        heldout=0.04,
+    ),
+    # The same at a size for CPUs and few images.
+    "groups-small": dict(
+        network="conv",
+        network_options=dict(width=16, blocks=1, stages=2, members=1),
+        steps=3000,
+        batch_size=128,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        noise_ratio=1.0,
+        heldout=0.1,
+    ),
 }
 SMALL_DATA = 20_000  # images below which "small" is the default
+
+
+def default_preset(images: int, latent_maps: bool) -> str:
+    """The preset for so many images and for latents that are maps (c, h, w) or flat."""
+    if latent_maps:
+        return "groups"
+    return "small" if images < SMALL_DATA else "large"
 
 
 def fit_settings(

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncprior.numerics import bootstrap_interval, stream
+from ncprior.numerics import bootstrap_interval, effective_sample_size, stream
 from ncprior.ratios import calibrate, jsd, nce_loss
 from ncprior.ratios.nce import LOG_2
-from ncprior.training.pairs import Pairs, log_ratios
 
 COLLAPSED_KL = 0.01  # nats; below it a group's posteriors are its prior
 SEPARATED_JSD = 0.97 * LOG_2  # above it the two laws hardly overlap
@@ -17,25 +16,32 @@ OVERFIT_SHARE = 0.1  # of the held-out loss
 
 
 def calibrate_and_judge(
-    ratio: Any, heldout: Pairs, seen: Pairs, kl: float, *, heldout_images: int, seed: int
+    ratio: Any,
+    heldout: tuple[Tensor, Tensor],
+    seen: tuple[Tensor, Tensor],
+    kl: float,
+    *,
+    heldout_images: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Calibrate `ratio` on held-out draws; return its figures and what they mean, in words.
 
     Args:
         ratio: The network of one group; its temperature and shift are set.
-        heldout: Draws of held-out images; those of one image are `heldout_images` apart.
-        seen: Draws of images that it was fitted on.
+        heldout: Its uncalibrated logits at draws of q and of p, (n,), for held-out images; the
+            draws of one image are `heldout_images` apart.
+        seen: The same for images that it was fitted on.
         kl: Mean KL(q(z|x) || p(z)) of the group in nats.
         heldout_images: Number of images behind `heldout`.
         seed: Seed of the bootstrap.
     """
-    raw = log_ratios(ratio, heldout)
-    temperature, shift = calibrate(*raw)
+    temperature, shift = calibrate(*heldout)
     ratio.temperature.fill_(temperature)
     ratio.shift.fill_(shift)
-    at_q, at_p = log_ratios(ratio, heldout)
+    at_q, at_p = (temperature * logits + shift for logits in heldout)
     loss = float(nce_loss(at_q, at_p))
-    train_loss = float(nce_loss(*log_ratios(ratio, seen)))
+    seen_q, seen_p = (temperature * logits + shift for logits in seen)
+    train_loss = float(nce_loss(seen_q, seen_p))
     per_image = F.softplus(-at_q).view(-1, heldout_images).mean(0)
     generator = stream(seed, "bootstrap")
     low, high = bootstrap_interval(per_image, F.softplus(at_p), generator=generator)
@@ -46,6 +52,7 @@ def calibrate_and_judge(
         "jsd": float(jsd(loss)),
         "jsd_interval": [float(jsd(high)), float(jsd(low))],
         "kl": kl,
+        "ess_share": float(effective_sample_size(at_p.double())) / len(at_p),
         "temperature": temperature,
         "shift": shift,
     }

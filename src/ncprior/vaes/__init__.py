@@ -2,6 +2,23 @@
 
 from ncprior.vaes.build import PRESETS, build_vae
 from ncprior.vaes.flat import FlatVAE
-from ncprior.vaes.likelihoods import Bernoulli, Categorical, Gaussian
+from ncprior.vaes.likelihoods import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogisticMixture,
+    Gaussian,
+    PixelNormal,
+)
+from ncprior.vaes.nvae import NVAE
 
-__all__ = ["PRESETS", "Bernoulli", "Categorical", "FlatVAE", "Gaussian", "build_vae"]
+__all__ = [
+    "NVAE",
+    "PRESETS",
+    "Bernoulli",
+    "Categorical",
+    "DiscretizedLogisticMixture",
+    "FlatVAE",
+    "Gaussian",
+    "PixelNormal",
+    "build_vae",
+]

@@ -9,6 +9,8 @@ from torch import Tensor
 from ncprior.vaes.flat import FlatVAE
 from ncprior.vaes.likelihoods import LIKELIHOODS
 from ncprior.vaes.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from ncprior.vaes.nvae import NVAE
+from ncprior.vaes.nvae import PRESETS as NVAE_PRESETS
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The digits of scikit-learn: a narrow likelihood and 16 latents leave a real hole.
@@ -40,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         likelihood_scale=0.36792,
         posterior_scale="tanh",
     ),
+    **{name: {"network": "nvae"} | sizes for name, sizes in NVAE_PRESETS.items()},
 }
 
 
@@ -49,18 +52,22 @@ def build_vae(
     preset: str | None = None,
     image_mean: Tensor | None = None,
     **options: Any,
-) -> FlatVAE:
+) -> FlatVAE | NVAE:
     """A VAE for images (c, h, w), from a preset, from options, or from a preset changed by options.
 
     Args:
         image_shape: (c, h, w).
-        preset: "digits", "lars-mnist" or "rae-celeba64".
+        preset: A name in `PRESETS`: "digits", "lars-mnist", "rae-celeba64", "nvae-tiny", ...
         image_mean: Mean training image (c, h, w) in [0, 1], on which an MLP is centred.
-        options: Those of `flat_vae`.
+        options: `network`, "mlp" or "conv" with the options of `flat_vae`, or "nvae" with those of
+            `NVAE`.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     arguments = (PRESETS[preset] if preset else {}) | options
+    if arguments.get("network") == "nvae":
+        del arguments["network"]
+        return NVAE(image_shape, **arguments)
     vae = flat_vae(image_shape, **arguments)
     vae.config = {"image_shape": list(image_shape)} | arguments
     if image_mean is not None:
@@ -100,7 +107,7 @@ def flat_vae(
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
     if network not in ("mlp", "conv"):
-        raise ValueError(f'network must be "mlp" or "conv", got {network!r}')
+        raise ValueError(f'network must be "mlp", "conv" or "nvae", got {network!r}')
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel must be odd, so that sides halve and double, got {kernel}")
     if latent_size < 1:

@@ -1,0 +1,107 @@
+"""Devices, precision and several processes, by Lightning Fabric."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+FIRST_LOSS_SCALE = 2.0**10
+
+
+def make_fabric(
+    device: str = "auto", precision: str = "32-true", devices: int = 1, *, alone: bool = False
+) -> Any:
+    """A launched Lightning Fabric.
+
+    Processes that `torchrun` started work together, whatever `devices` says. Without it, more than
+    one device makes Fabric start the running script once more for each of the others.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "mps".
+        precision: Fabric's. With "16-mixed" the loss is scaled, by 2^10 at first.
+        devices: Devices, and processes, on this machine.
+        alone: Work by itself, on a device of its own where there are several, even if `torchrun`
+            started other processes too.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    nodes = 1
+    if alone:
+        devices = _own_device(device)
+    elif "LOCAL_WORLD_SIZE" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    how: dict[str, Any] = {"precision": precision}
+    if precision in ("16-mixed", "bf16-mixed"):
+        how = {"plugins": _mixed(precision, device)}
+    if not alone and devices * nodes > 1:
+        how["strategy"] = DDPStrategy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, **how)
+        fabric.launch()
+    return fabric
+
+
+def any_process(fabric: Any, asked: bool) -> bool:
+    """Whether it holds in one of the processes; all must call this at the same time."""
+    if fabric.world_size == 1:
+        return asked
+    votes = torch.tensor(float(asked), device=fabric.device)
+    return bool(fabric.all_reduce(votes, reduce_op="sum"))
+
+
+def in_turn(fabric: Any, first: Callable[[], T], others: Callable[[], T]) -> T:
+    """What `first` gives in the first process, and once it is done `others` in all others.
+
+    If `first` fails, its error is raised in the first process; the others exit without a word.
+    """
+    error: Exception | None = None
+    if fabric.is_global_zero:
+        try:
+            result = first()
+        except Exception as found:
+            error = found
+    if any_process(fabric, error is not None):
+        raise error or SystemExit(2)
+    return result if fabric.is_global_zero else others()
+
+
+def mean_over_processes(fabric: Any, values: Tensor) -> Tensor:
+    """The mean of `values` over processes, without gradient."""
+    if fabric.world_size == 1:
+        return values.detach()
+    return fabric.all_reduce(values.detach().to(fabric.device, copy=True), reduce_op="mean")
+
+
+def _mixed(precision: str, device: str) -> Any:
+    """Fabric's mixed precision, which would also round the images that a model is given."""
+    from lightning_fabric.plugins import MixedPrecision
+
+    class Mixed(MixedPrecision):
+        def convert_input(self, data: Any) -> Any:
+            return data
+
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind = {"gpu": "cuda"}.get(device, device)
+    scaler = None
+    if precision == "16-mixed":
+        scaler = torch.amp.GradScaler(kind, init_scale=FIRST_LOSS_SCALE)
+    return Mixed(precision, kind, scaler)  # type: ignore[arg-type]
+
+
+def _own_device(device: str) -> Any:
+    """What Fabric calls one device, or the GPU of this process among those of the machine."""
+    if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
+        number = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        return [int(number) % torch.cuda.device_count()]
+    return 1
