@@ -13,7 +13,8 @@ RANKS = {
     0: {"walk", "normal", "numerics", "storage", "figures", "groups"},
     1: {"ratios", "samplers", "vaes", "metrics", "data", "priors"},
     2: {"training", "recipes", "runs", "shares", "adapters"},
-    3: {"readjustment", "generation", "evaluation", "diagnosis"},
+    3: {"readjustment", "generation", "evaluation", "diagnosis"}
+    | {"group_samples", "group_figures", "group_findings"},
     4: {"pipeline", "report", "app"},
     5: {"cli", "__main__"},
 }

@@ -142,6 +142,7 @@ def fit(
     """
     from ncprior.diagnosis import held_out_figures
     from ncprior.figures import as_text, table
+    from ncprior.groups import spell_groups
     from ncprior.pipeline import fit_run
     from ncprior.runs import Run
 
@@ -158,8 +159,14 @@ def fit(
         **changes,
     )
     figures = held_out_figures(prior)
-    warnings = [w for group in prior.record["groups"] for w in group["warnings"]]
+    warnings = [w for group in prior.record["groups"] if group for w in group["warnings"]]
     content = _flat(figures) | {"run": str(run), "warnings": warnings}
+    missing = sorted(set(range(prior.num_groups)) - set(prior.fitted_groups))
+    if missing:
+        warnings.append(
+            f"Groups {spell_groups(missing)} keep their base prior until a part with them is "
+            f"fitted: ncprior fit {run} --groups {spell_groups(missing)}"
+        )
     lines = [
         as_text(table(figures)),
         *(f"! {w}" for w in warnings),
@@ -352,7 +359,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _show(content: dict[str, Any], as_json: bool, text: Any) -> None:
-    print(json.dumps(content) if as_json else text)
+    """Print once, where several processes work on the same command."""
+    numbers = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    if int(next((number for number in numbers if number), "0")) == 0:
+        print(json.dumps(content) if as_json else text)
 
 
 def _flat(figures: Any) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """How large the hole in the prior is, and how much of it a noise contrastive prior closes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,6 +10,15 @@ from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.evaluation import draw_each, frechet_figures
 from ncprior.figures import Figure, Figures, as_text, table
 from ncprior.generation import Draws
+from ncprior.group_figures import ess_figures, largest_jsd, mmd_figures, overall
+from ncprior.group_findings import (
+    GroupFinding,
+    group_findings,
+    group_table,
+    merged_warnings,
+    words_in_short,
+)
+from ncprior.groups import check_groups
 from ncprior.metrics import Features
 from ncprior.numerics import mean_and_se
 from ncprior.priors import NoiseContrastivePrior
@@ -16,17 +26,24 @@ from ncprior.ratios.nce import LOG_2
 from ncprior.training import fit_prior
 
 FAR_LOG_Z = 1.0  # nats
+FEW_PROPOSALS = 3
 
 
 class Diagnosis(NamedTuple):
-    """Figures and what they mean; prints as a table."""
+    """Figures and what they mean; prints as a table, of several latent groups as two."""
 
     figures: Figures
     warnings: list[str]
     draws: dict[str, Draws]  # "base", "ncp", "reconstruction"
+    groups: Sequence[GroupFinding] = ()  # one for each latent group where there are several
 
     def __str__(self) -> str:
-        lines = [as_text(table(self.figures)), verdict(self.figures)]
+        lines = [as_text(table(overall(self.figures)))]
+        if self.groups:
+            lines += ["", as_text(group_table(self.groups)), ""]
+        lines.append(verdict(self.figures))
+        if self.groups:
+            lines.append(words_in_short(self.groups))
         return "\n".join(lines + [f"! {warning}" for warning in self.warnings])
 
 
@@ -40,10 +57,15 @@ def diagnose(
     proposals: int = 1000,
     sampler: str = "sir",
     temperature: float = 1.0,
+    groups: str | Sequence[int] | None = None,
+    group_samples: int = 2000,
+    group_proposals: int = 100,
+    batch_norm_passes: int = 0,
     features: Features | None = None,
     seed: int = 0,
     batch_size: int = 500,
     progress: bool = False,
+    **options: Any,
 ) -> Diagnosis:
     """Measure a VAE's prior hole and what `prior` does about it.
 
@@ -51,6 +73,11 @@ def diagnose(
     reconstructions are decoded draws of the training images' aggregate posterior, the best that any
     prior can reach. The NCE loss, JSD and log Z were measured on held-out data when the prior was
     fitted.
+
+    With several latent groups each has a line of its own (section 5.4 of the paper): its KL,
+    held-out loss, JSD and ESS; the MMD from posterior draws to those of base and NCP, given the
+    same groups before it (`mmd_figures`); and a word on whether it is mended (`WORDS` of
+    `ncprior.group_findings` says what each means).
 
     Args:
         vae: The VAE.
@@ -61,56 +88,109 @@ def diagnose(
         proposals: SIR's pool.
         sampler: "sir" or "langevin".
         temperature: Factor on the standard deviation of the base prior.
+        groups: Latent groups whose samples are drawn from the NCP, such as "0-4"; all that were
+            fitted by default. The comparison of groups is of all that were fitted.
+        group_samples: Test images for the comparison of groups, at most; 0 for none.
+        group_proposals: SIR's pool there.
+        batch_norm_passes: As in `draw`.
         features: Feature space; pixels for small images, else principal components.
         seed: Seed of what is drawn.
         batch_size: Images drawn at a time.
         progress: Show progress bars.
+        options: Other arguments of `draw`, such as those of Langevin dynamics.
     """
+    if groups is not None:
+        groups = check_groups(groups, vae.num_groups)
+    if group_samples < 0 or group_proposals < 1:
+        raise ValueError(
+            "group_samples must be at least 0 and group_proposals at least 1, "
+            f"got {group_samples} and {group_proposals}"
+        )
     data, splits = as_data(data, splits, seed)
-    options = {
+    options |= {
         "sampler": sampler,
+        "groups": groups,
         "proposals": proposals,
         "temperature": temperature,
+        "batch_norm_passes": batch_norm_passes,
         "batch_size": batch_size,
     }
     prior = prior or fit_prior(vae, data, rows=splits.train, seed=seed, progress=progress)
     drawn = draw_each(vae, prior, data, splits, samples, seed=seed, progress=progress, **options)
     figures = held_out_figures(prior)
+    several = prior.num_groups > 1
+    if several and group_samples:
+        figures |= mmd_figures(
+            vae, prior, data, splits,
+            images=group_samples, proposals=group_proposals, seed=seed, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
     if sampler == "sir":
-        ess = mean_and_se(drawn["ncp"].ess.mean(0) / proposals)
-        note = f"mean ESS of SIR's pools of {proposals}"
-        figures["ess_share"] = Figure(ess.value, "of proposals", samples, seed, ess.se, note=note)
+        figures |= _pool_figures(drawn["ncp"], proposals, samples, seed)
     figures |= frechet_figures(drawn, data, splits, features, seed)
-    warnings = [w for group in prior.record["groups"] for w in group["warnings"]]
-    if sampler == "sir" and figures["ess_share"].value * proposals < 3:
-        warnings.append(
-            "SIR's pools hold fewer than 3 effective proposals: samples repeat the few best. "
-            "Raise proposals or use a base nearer to the posterior."
-        )
+    findings = group_findings(prior, figures) if several else []
+    if several:
+        warnings = merged_warnings(prior, findings)
+    else:
+        warnings = [w for group in prior.record["groups"] for w in group["warnings"]]
+        if sampler == "sir" and figures["ess_share"].value * proposals < FEW_PROPOSALS:
+            warnings.append(
+                "SIR's pools hold fewer than 3 effective proposals: samples repeat the few best. "
+                "Raise proposals or use a base nearer to the posterior."
+            )
     if prior.log_z is not None and abs(prior.log_z.value) > FAR_LOG_Z:
         warnings.append(
             f"log Z is {prior.log_z.value:.2f}, far from 0: the ratios do not average to 1 under "
             "the base. Samples do not depend on it, but it says that the ratios are off somewhere."
         )
-    return Diagnosis(figures, warnings, drawn)
+    return Diagnosis(figures, warnings, drawn, findings)
+
+
+def fit_summary(prior: NoiseContrastivePrior) -> str:
+    """What the fit found, as text: a table of figures, or of latent groups if there are several.
+
+    ESS shares of groups are those of held-out draws of the prior, contexts pooled.
+    """
+    figures = held_out_figures(prior)
+    if prior.num_groups == 1:
+        return as_text(table(figures))
+    record = prior.record
+    for k, group in enumerate(record["groups"]):
+        if group is not None:
+            share, count = group["ess_share"], record["heldout_images"]
+            figures[f"ess_share_{k}"] = Figure(share, "of proposals", count, record["seed"])
+    findings = group_findings(prior, figures)
+    lines = [as_text(group_table(findings)), words_in_short(findings)]
+    return "\n".join(lines + [f"! {text}" for text in merged_warnings(prior, findings)])
 
 
 def held_out_figures(prior: NoiseContrastivePrior) -> Figures:
-    """NCE loss, JSD and log Z, as measured when the prior was fitted."""
-    record, figures = prior.record, {}
-    several = len(record["groups"]) > 1
-    for k, group in enumerate(record["groups"]):
+    """NCE loss, JSD and log Z, as measured when the prior was fitted.
+
+    Those of several latent groups have the group's number in their name, and a KL beside them.
+    """
+    record = prior.record
+    figures: Figures = {}
+    num, seed, several = record["heldout_images"], record["seed"], len(record["groups"]) > 1
+    fitted = {k: group for k, group in enumerate(record["groups"]) if group is not None}
+    if several:
+        total = sum(group["kl"] for group in fitted.values())
+        note = (
+            "sum over the groups"
+            if len(fitted) == len(record["groups"])
+            else (f"sum over {len(fitted)} fitted of {len(record['groups'])} groups")
+        )
+        figures["kl"] = Figure(total, "nats", num, seed, note=f"{note}, held out")
+    for k, group in fitted.items():
         suffix = f"_{k}" if several else ""
         for name in ("loss", "jsd"):
             label = f"nce_{name}" if name == "loss" else name
+            interval = tuple(group[f"{name}_interval"])
             figures[label + suffix] = Figure(
-                group[name],
-                "nats",
-                record["heldout_images"],
-                record["seed"],
-                interval=tuple(group[f"{name}_interval"]),
-                note="held out",
+                group[name], "nats", num, seed, interval=interval, note="held out"
             )
+        if several:
+            figures[f"kl_{k}"] = Figure(group["kl"], "nats", num, seed, note="held out")
     if prior.log_z is not None:
         note = f"ESS {prior.log_z.ess:.0f}; should be near 0"
         z = prior.log_z
@@ -118,12 +198,28 @@ def held_out_figures(prior: NoiseContrastivePrior) -> Figures:
     return figures
 
 
+def _pool_figures(drawn: Draws, proposals: int, samples: int, seed: int) -> Figures:
+    """The effective share of SIR's pools: its mean and, of several groups, that of each."""
+    figures: Figures = {}
+    if len(drawn.ess) > 1:
+        for k, sizes in enumerate(drawn.ess):
+            if not sizes.isnan().any():  # NaN where the group keeps its base prior
+                figures |= ess_figures(k, sizes, proposals, seed)
+    ess = mean_and_se(drawn.ess.nanmean(0) / proposals)
+    note = f"mean ESS of SIR's pools of {proposals}"
+    if len(drawn.ess) > 1:
+        note += ", mean over the groups"
+    figures["ess_share"] = Figure(ess.value, "of proposals", samples, seed, ess.se, note=note)
+    return figures
+
+
 def verdict(figures: Figures) -> str:
     """The answer to the user's question in one sentence or two."""
-    jsd = max(f.value for name, f in figures.items() if name.startswith("jsd"))
+    group, found = largest_jsd(figures)
+    jsd, where = found.value, "" if group is None else f" in group {group}, the largest"
     best, base, closed = (figures[n] for n in ("fd_reconstruction", "fd_base", "gap_closed"))
     words = "hardly any" if jsd < 0.01 else "a small" if jsd < 0.1 else "a large"
-    said = f"The prior has {words} hole (JSD {jsd:.3f} of at most {LOG_2:.3f} nats)."
+    said = f"The prior has {words} hole (JSD {jsd:.3f} of at most {LOG_2:.3f} nats{where})."
     if base.value - best.value <= 2 * math.hypot(base.se or 0, best.se or 0):
         return said + (
             f" It hardly shows in {base.unit.removeprefix('squared, ')}: base samples are as near "

@@ -121,6 +121,10 @@ def test_synced_batch_norm_alone_is_batch_norm(momentum, affine, rng, monkeypatc
     for name, tensor in torchs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], tensor)
     torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
+    before = ours.running_mean.clone()  # as where activations are computed again
+    ours.momentum, ours.num_batches_tracked = 0.0, None
+    ours.train()(x + 1)
+    assert torch.equal(ours.running_mean, before)
 
 
 def test_batch_norms_are_replaced_for_a_while():

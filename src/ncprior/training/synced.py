@@ -39,9 +39,12 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        rate = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if rate is None:  # the mean of all batches so far
+                rate = 1 / float(self.num_batches_tracked)
+        assert rate is not None
         self.running_mean.lerp_(mean.to(self.running_mean), rate)
         self.running_var.lerp_(variance.to(self.running_var), rate)
 

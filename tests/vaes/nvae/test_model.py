@@ -217,7 +217,7 @@ def test_training_raises_the_elbo(digits):
         ((1, 8, 8), {"groups_per_scale": (3, 0)}, "groups_per_scale must be positive"),
         ((1, 8, 8), {"latent_channels": 0}, "latent_channels must be at least 1, got 0"),
         ((1, 8, 8), {"num_flows": -1}, "num_flows must be at least 0"),
-        ((1, 8, 8), {"likelihood": "gaussian"}, "likelihood must be one of bernoulli, "),
+        ((1, 8, 8), {"likelihood": "poisson"}, "likelihood must be one of bernoulli, "),
         ((1, 8, 8), COLOUR, "images of 3 channels, got 1"),
         ((3, 8, 8), {"num_bits": 9}, "num_bits must be between 1 and 8"),
     ],

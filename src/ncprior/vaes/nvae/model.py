@@ -18,6 +18,7 @@ from ncprior.normal import bounded_normal
 from ncprior.vaes.likelihoods import (
     Bernoulli,
     DiscretizedLogisticMixture,
+    Gaussian,
     PixelNormal,
     quantised,
 )
@@ -93,8 +94,9 @@ class NVAE(nn.Module):
             is.
         num_flows: Pairs of autoregressive flow cells that each posterior goes through. With any,
             log q is quickly known at its own draws only.
-        likelihood: "bernoulli", "discretized_logistic_mixture" (RGB) or "normal" (a density of
-            2x - 1).
+        likelihood: "bernoulli", "discretized_logistic_mixture" (RGB), "normal" (a density of
+            2x - 1 whose scales are learned per pixel) or "gaussian" (a density of x of one scale).
+        likelihood_scale: That scale, the standard deviation in pixels of [0, 1].
         num_mixtures: Components of the logistic mixture.
         num_bits: Bit depth to which images of 8 bits are cut, for pixels that are not binary.
         padding: Zeros put around images inside; 2 for MNIST, whose 28 pixels become 32.
@@ -122,6 +124,7 @@ class NVAE(nn.Module):
         residual_posterior: bool = True,
         num_flows: int = 0,
         likelihood: str = "bernoulli",
+        likelihood_scale: float = 0.1,
         num_mixtures: int = 10,
         num_bits: int = 8,
         padding: int = 0,
@@ -143,6 +146,7 @@ class NVAE(nn.Module):
             "residual_posterior": residual_posterior,
             "num_flows": num_flows,
             "likelihood": likelihood,
+            "likelihood_scale": likelihood_scale,
             "num_mixtures": num_mixtures,
             "num_bits": num_bits,
             "padding": padding,
@@ -220,7 +224,7 @@ class NVAE(nn.Module):
             for block in range(num_blocks)
             for i in range(post_cells)
         )
-        self.likelihood, outputs = _likelihood(likelihood, channels, num_mixtures, num_bits)
+        self.likelihood, outputs = _likelihood(self.config)
         self.image_head = NormedConv2d(decoder_channels, outputs, 3)
 
     def encode(self, images: Tensor) -> Evidence:
@@ -296,6 +300,8 @@ class NVAE(nn.Module):
         if self.padding:
             inside = slice(self.padding, -self.padding)
             outputs = outputs[:, :, inside, inside]
+        if getattr(self.likelihood, "squash", False):
+            outputs = outputs.sigmoid()
         return self.likelihood(outputs)
 
     def convolution_weights(self) -> list[Tensor]:
@@ -332,23 +338,27 @@ class NVAE(nn.Module):
         return x
 
 
-def _likelihood(name: str, channels: int, mixtures: int, bits: int) -> tuple[nn.Module, int]:
+def _likelihood(config: dict[str, Any]) -> tuple[nn.Module, int]:
     """The likelihood and how many values it needs per pixel."""
+    name, channels = config["likelihood"], config["image_shape"][0]
     if name == "bernoulli":
         return Bernoulli(), channels
     if name == "normal":
         return PixelNormal(), 2 * channels
+    if name == "gaussian":
+        return Gaussian(config["likelihood_scale"]), channels
     if channels != 3:
         raise ValueError(
             f"discretized_logistic_mixture is for images of 3 channels, got {channels}; use "
             'likelihood = "normal" or "bernoulli"'
         )
-    return DiscretizedLogisticMixture(mixtures, bits), 10 * mixtures
+    mixtures = config["num_mixtures"]
+    return DiscretizedLogisticMixture(mixtures, config["num_bits"]), 10 * mixtures
 
 
 def _check(config: dict[str, Any]) -> None:
     """See that sizes are positive and that the image can be halved as often as they ask."""
-    likelihoods = ("bernoulli", "discretized_logistic_mixture", "normal")
+    likelihoods = ("bernoulli", "discretized_logistic_mixture", "normal", "gaussian")
     if config["likelihood"] not in likelihoods:
         raise ValueError(
             f"likelihood must be one of {', '.join(likelihoods)}, got {config['likelihood']!r}"

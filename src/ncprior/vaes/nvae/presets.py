@@ -51,7 +51,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         post_cells=1,
         encoder_cells=1,
         decoder_cells=1,
-        likelihood="normal",
+        likelihood="gaussian",
+        likelihood_scale=0.1,
     ),
     # MNIST on a CPU: 6 groups of 8 x 4x4.
     "nvae-tiny": dict(

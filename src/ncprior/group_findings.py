@@ -1,0 +1,190 @@
+"""What was found about each latent group: which are mended, and which ratios are unreliable."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ncprior.figures import Figure, Figures
+from ncprior.group_figures import NAMES
+from ncprior.groups import spell_groups
+from ncprior.priors import NoiseContrastivePrior
+from ncprior.training.verdict import COLLAPSED_KL, OVERFIT_SHARE, SEPARATED_JSD
+
+FEW_PROPOSALS = 3  # effective ones; with fewer a draw is little more than the best of its pool
+USUAL_PROPOSALS = 1000  # SIR's pool where none was drawn yet
+NO_JSD = 0.005  # nats; a hole that small shows nowhere
+SMALL_JSD = 0.05
+STRONG_OVERFIT_SHARE = 0.3  # of the held-out loss
+SIGNIFICANT = 3  # standard errors, as there are dozens of groups
+
+WORDS = {
+    "mended": "its MMD to the posterior falls by more than half",
+    "partly": "it falls, but by less than half",
+    "unchanged": "the prior is off by MMD, and the NCP is so as much",
+    "worse": "the NCP is further from the posterior than the prior is",
+    "hole": "the classifier tells posterior from prior",
+    "no hole": f"it cannot (JSD below {NO_JSD} within its error), and nor can MMD",
+    "unclear": "too few images to say",
+    "unreliable": f"fewer than {FEW_PROPOSALS} effective proposals, almost perfect separation or "
+    "strong over-fitting",
+    "inactive": f"KL below {COLLAPSED_KL} nats: the posterior is the prior",
+    "not fitted": "keeps its base prior",
+}
+"""The verdict on a group, and what it means."""
+
+
+class GroupFinding(NamedTuple):
+    """One latent group: its figures, by `NAMES` without a number, and a word of `WORDS`."""
+
+    group: int
+    shape: tuple[int, ...] | None  # of its latents; None where it has no ratio
+    figures: Figures
+    word: str
+
+
+def group_findings(prior: NoiseContrastivePrior, figures: Figures) -> list[GroupFinding]:
+    """What the prior's record and measured figures say of each group."""
+    found = []
+    for k, record in enumerate(prior.record["groups"]):
+        own = {name: figures[f"{name}_{k}"] for name in NAMES if f"{name}_{k}" in figures}
+        shape = getattr(prior.ratios[k], "latent_shape", None)
+        found.append(GroupFinding(k, shape, own, judge(record, own)))
+    return found
+
+
+def judge(record: dict[str, Any] | None, measured: Figures) -> str:
+    """The word for a group, the first that holds of: not fitted, inactive, unreliable, the rest.
+
+    Args:
+        record: What the fit recorded of it; None if it was not fitted.
+        measured: Its figures by `NAMES`. Without "ess" the pools are supposed to hold 1000
+            proposals; without the MMDs it is not known what was mended.
+    """
+    if record is None:
+        return "not fitted"
+    if record["kl"] < COLLAPSED_KL:
+        return "inactive"
+    effective = record["ess_share"] * USUAL_PROPOSALS
+    if "ess" in measured:
+        effective = measured["ess"].value
+    overfit = record["loss"] - record["train_loss"] > STRONG_OVERFIT_SHARE * record["loss"]
+    if effective < FEW_PROPOSALS or record["jsd"] > SEPARATED_JSD or overfit:
+        return "unreliable"
+    low, high = record["jsd_interval"]
+    without = "hole" if low > NO_JSD else "no hole" if high < SMALL_JSD else "unclear"
+    if "mmd_gain" not in measured:
+        return without
+    base, ncp, gain = (measured[f"mmd_{name}"] for name in ("base", "ncp", "gain"))
+    if gain.value > SIGNIFICANT * (gain.se or 0):
+        return "mended" if 2 * ncp.value < base.value else "partly"
+    if gain.value < -SIGNIFICANT * (gain.se or 0):
+        return "worse"
+    if base.value > SIGNIFICANT * (base.se or 0):
+        return "unchanged"
+    return "unclear" if without == "hole" else without
+
+
+def group_table(findings: Sequence[GroupFinding]) -> Any:
+    """A rich table with a line for each group; MMDs only where they were measured."""
+    from rich import box
+    from rich.table import Table
+
+    measured = any("mmd_base" in found.figures for found in findings)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    heads = ["group", "latent", "KL\nnats", "held-out loss\n95 %", "JSD\nnats", "ESS\nshare"]
+    heads += ["MMD² x 1000\nq to base", "\nq to NCP"] if measured else []
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for found in findings:
+        cells = [str(found.group), shape_text(found), *figure_texts(found)]
+        table.add_row(*cells[: len(heads)], found.word)
+    return table
+
+
+def figure_texts(found: GroupFinding, dash: str = "-") -> list[str]:
+    """KL, held-out loss with its interval, JSD, ESS share and both MMDs, as people read them."""
+    loss = found.figures.get("nce_loss")
+    share = found.figures.get("ess_share")
+    return [
+        f"{found.figures['kl'].value:.2f}" if "kl" in found.figures else dash,
+        f"{loss.value:.3f} {loss.error()}" if loss else dash,
+        f"{found.figures['jsd'].value:.3f}" if "jsd" in found.figures else dash,
+        f"{100 * share.value:.3g} %" if share else dash,
+        *(_thousandths(found.figures.get(f"mmd_{name}"), dash) for name in ("base", "ncp")),
+    ]
+
+
+def shape_text(found: GroupFinding, dash: str = "-") -> str:
+    """The shape of a group's latents, such as 20x8x8."""
+    return dash if found.shape is None else "x".join(str(n) for n in found.shape)
+
+
+def words_in_short(findings: Sequence[GroupFinding]) -> str:
+    """Which groups got which word, such as "Mended: groups 0-2. Unreliable: group 4."."""
+    by_word = {word: [f.group for f in findings if f.word == word] for word in WORDS}
+    said = [f"{word}: {name_groups(groups)}" for word, groups in by_word.items() if groups]
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in said)
+
+
+def name_groups(groups: Iterable[int]) -> str:
+    """ "group 3" or "groups 3-5,7"."""
+    groups = list(groups)
+    return f"group{'s' if len(groups) > 1 else ''} {spell_groups(groups)}"
+
+
+def merged_warnings(prior: NoiseContrastivePrior, findings: Sequence[GroupFinding]) -> list[str]:
+    """What a user should know before trusting ratios of several groups, a line for each kind."""
+    fitted = {k: g for k, g in enumerate(prior.record["groups"]) if g is not None}
+    inactive = [k for k, g in fitted.items() if g["kl"] < COLLAPSED_KL]
+    separated = [k for k, g in fitted.items() if g["jsd"] > SEPARATED_JSD]
+    overfit = [
+        k for k, g in fitted.items()
+        if g["loss"] - g["train_loss"] > OVERFIT_SHARE * g["loss"] and k not in separated
+    ]  # fmt: skip
+    few = [
+        f.group for f in findings if "ess" in f.figures and f.figures["ess"].value < FEW_PROPOSALS
+    ]
+    found = []
+    if inactive and len(inactive) == len(prior.ratios):
+        found.append(
+            f"All latent groups have collapsed: KL below {COLLAPSED_KL} nats each, so that "
+            "posteriors equal the prior. There is no hole to mend. Train the VAE with a KL warm-up "
+            "or a narrower likelihood."
+        )
+    elif inactive:
+        found.append(
+            f"{name_groups(inactive)}: inactive (KL below {COLLAPSED_KL} nats), so that posterior "
+            "and prior are the same. This is common in hierarchical VAEs and does no harm."
+        )
+    if separated:
+        found.append(
+            f"{name_groups(separated)}: the classifier separates almost perfectly (JSD up to "
+            f"{max(fitted[k]['jsd'] for k in separated):.3f}): prior and posterior hardly overlap "
+            "and the ratios are not to be trusted. Leave them to their base prior (groups = ...), "
+            "or train the VAE with a larger KL weight or a wider likelihood."
+        )
+    if overfit:
+        worst = max(overfit, key=lambda k: fitted[k]["loss"] - fitted[k]["train_loss"])
+        found.append(
+            f"{name_groups(overfit)}: the classifier over-fits (most in group {worst}: loss "
+            f"{fitted[worst]['train_loss']:.3f} on images it was fitted on, "
+            f"{fitted[worst]['loss']:.3f} on held-out ones). It was stopped where the held-out "
+            "loss was lowest and then calibrated; more images or dropout would help."
+        )
+    if few:
+        found.append(
+            f"{name_groups(few)}: SIR's pools hold fewer than {FEW_PROPOSALS} effective proposals, "
+            "so that draws repeat the few best. Raise proposals, or leave these groups to their "
+            "base prior (groups = ...)."
+        )
+    return [text[0].upper() + text[1:] for text in found]
+
+
+def _thousandths(figure: Figure | None, dash: str) -> str:
+    """A figure and its error in thousandths, with one digit of the error."""
+    if figure is None:
+        return dash
+    value, se = 1000 * figure.value, 1000 * (figure.se or 0)
+    digits = min(4, max(0, -math.floor(math.log10(se)))) if se > 0 else 3
+    return f"{value:.{digits}f} ± {se:.{digits}f}"
