@@ -24,7 +24,7 @@ FIT |= {"checkpoint_every": 5, "network_options": {"width": 4}, "tensorboard": F
 def test_shares_cover_all_groups_once(count, sizes):
     shares = [share_of(range(5), i, count) for i in range(count)]
     assert [len(share) for share in shares] == sizes
-    assert sorted(sum(shares, [])) == list(range(5))
+    assert sorted(k for share in shares for k in share) == list(range(5))
 
 
 def test_more_processes_than_groups():

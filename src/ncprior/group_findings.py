@@ -90,7 +90,7 @@ def group_table(findings: Sequence[GroupFinding]) -> Any:
     from rich.table import Table
 
     measured = any("mmd_base" in found.figures for found in findings)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     heads = ["group", "latent", "KL\nnats", "held-out loss\n95 %", "JSD\nnats", "ESS\nshare"]
     heads += ["MMD² x 1000\nq to base", "\nq to NCP"] if measured else []
     for head in heads:
@@ -110,7 +110,7 @@ def figure_texts(found: GroupFinding, dash: str = "-") -> list[str]:
         f"{found.figures['kl'].value:.2f}" if "kl" in found.figures else dash,
         f"{loss.value:.3f} {loss.error()}" if loss else dash,
         f"{found.figures['jsd'].value:.3f}" if "jsd" in found.figures else dash,
-        f"{100 * share.value:.3g} %" if share else dash,
+        _percent(share, dash),
         *(_thousandths(found.figures.get(f"mmd_{name}"), dash) for name in ("base", "ncp")),
     ]
 
@@ -179,6 +179,12 @@ def merged_warnings(prior: NoiseContrastivePrior, findings: Sequence[GroupFindin
             "base prior (groups = ...)."
         )
     return [text[0].upper() + text[1:] for text in found]
+
+
+def _percent(figure: Figure | None, dash: str) -> str:
+    if figure is None:
+        return dash
+    return f"{100 * figure.value:.{1 if figure.value > 0.01 else 2}f} %"
 
 
 def _thousandths(figure: Figure | None, dash: str) -> str:

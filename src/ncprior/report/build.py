@@ -16,9 +16,10 @@ from ncprior.data import ImageDataset, Splits
 from ncprior.diagnosis import held_out_figures
 from ncprior.evaluation import training_images
 from ncprior.generation import Draws, draw
+from ncprior.group_figures import overall
 from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
-from ncprior.report import facts, plots, words
+from ncprior.report import facts, latents, plots, words
 from ncprior.report.pictures import grid
 from ncprior.runs import Run
 from ncprior.storage import write_bytes
@@ -108,7 +109,12 @@ def _content(
     """Everything that the template fills in."""
     figures = run.metrics()
     known = (held_out_figures(prior) if prior is not None else {}) | figures
-    curves = {stage: facts.read_curves(run.path / "logs" / f"{stage}.csv") for stage in STAGES}
+    findings, section = [], None
+    if prior is not None and drawn is not None and prior.num_groups > 1:
+        findings = latents.findings_of(prior, known, drawn, proposals, seed)
+        section = latents.section(prior, findings)
+    logs = run.path / "logs"
+    curves = {stage: facts.read_curves(logs / f"{stage}.csv") for stage in STAGES}
     name = words.shell_name(run)
     return {
         "data_name": data.name,
@@ -118,18 +124,19 @@ def _content(
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "shell_name": name,
         "has_prior": prior is not None,
-        "verdict": words.verdict_of(figures, known, prior),
-        "warnings": words.warnings_of(figures, prior, drawn, proposals, name),
-        "cards": words.cards(known),
+        "verdict": words.verdict_of(figures, known, prior, findings),
+        "warnings": words.warnings_of(figures, prior, drawn, proposals, name, findings),
+        "cards": words.cards(known, findings),
         "missing": words.missing(known),
         "pictures": [_picture(key, images[key], proposals) for key in images],
         "base_note": words.base_note(prior),
         "columns": COLUMNS,
         "seed": seed,
-        "figures": [facts.figure_row(key, figure) for key, figure in figures.items()],
+        "figures": [facts.figure_row(key, figure) for key, figure in overall(figures).items()],
+        "groups": section,
         "distances": plots.frechet(figures) if {*DISTANCES} <= {*figures} else None,
         "stage_1": _stage_1(curves["vae"]),
-        "stage_2": plots.nce(curves["ncp"], _best(prior)) if curves["ncp"] else None,
+        "stage_2": _stage_2(prior, curves["ncp"], logs),
         "fitted": facts.fitting(prior) if prior is not None else [],
         "ratios": _ratio_plots(prior, drawn, proposals),
         "facts": facts.tables(run, vae, prior, data),
@@ -150,6 +157,16 @@ def _picture(name: str, images: Tensor, proposals: int) -> Picture:
     return Picture(name, title, f"{len(images)} {caption}", source, width, height)
 
 
+def _stage_2(
+    prior: NoiseContrastivePrior | None, history: plots.History, logs: Path
+) -> plots.Plot | None:
+    """The losses by step; of several groups those of every part that was fitted."""
+    if prior is None or prior.num_groups == 1:
+        return plots.nce(history, _best(prior)) if history else None
+    parts = [facts.read_curves(file) for file in sorted(logs.glob("ncp*.csv"))]
+    return plots.nce_of_groups(parts) if any(parts) else None
+
+
 def _best(prior: NoiseContrastivePrior | None) -> int | None:
     return None if prior is None else prior.record.get("best_step")
 
@@ -161,16 +178,11 @@ def _stage_1(history: plots.History) -> list[plots.Plot]:
 def _ratio_plots(
     prior: NoiseContrastivePrior | None, drawn: Draws | None, proposals: int
 ) -> list[plots.Plot]:
-    """For each latent group what log r is like, and how many proposals count."""
-    if prior is None or drawn is None:
+    """Of one latent group what log r is like, and how many proposals count."""
+    if prior is None or drawn is None or prior.num_groups > 1:
         return []
-    found: list[plots.Plot] = []
-    groups = prior.record.get("groups", [])
-    for k, group in enumerate(groups):
-        label = k if len(groups) > 1 else None
-        found.append(plots.log_ratios(group, label))
-        found.append(plots.ess(drawn.ess[k].tolist(), proposals, label))
-    return found
+    (group,) = prior.record.get("groups", [])
+    return [plots.log_ratios(group), plots.ess(drawn.ess[0].tolist(), proposals)]
 
 
 def _render(content: dict[str, Any]) -> str:

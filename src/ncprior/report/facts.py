@@ -68,20 +68,27 @@ def _number(text: str | None) -> float:
 def fitting(prior: NoiseContrastivePrior) -> Rows:
     """How stage 2 went."""
     record = prior.record
+    groups = [group for group in record["groups"] if group is not None]
+    kept = f"{record['best_step']:,}, where the held-out loss was lowest"
+    if len(record["groups"]) > 1:
+        steps = sorted(group["best_step"] for group in groups)
+        kept = f"{steps[0]:,} to {steps[-1]:,}, in each group where its held-out loss was lowest"
     rows = [
         ("Steps run", f"{record['steps']:,}"),
-        ("Step kept", f"{record['best_step']:,}, where the held-out loss was lowest"),
+        ("Step kept", kept),
         ("Images fitted on", f"{record['fitted_images']:,}"),
         ("Images held out", f"{record['heldout_images']:,}"),
     ]
-    several = len(record["groups"]) > 1
-    for k, group in enumerate(record["groups"]):
-        label = f", group {k}" if several else ""
+    if len(record["groups"]) > 1:
+        total = sum(group["kl"] for group in groups)
+        rows.append(("Groups fitted", f"{len(groups)} of {len(record['groups'])}"))
+        return [*rows, ("KL(q(z|x) ‖ p(z)), their sum", f"{total:.2f} nats")]
+    for group in groups:
         low, high = group["loss_interval"]
         rows += [
-            (f"Held-out loss{label}", f"{group['loss']:.3f} nats, 95 % {low:.3f} to {high:.3f}"),
-            (f"Loss on images seen{label}", f"{group['train_loss']:.3f} nats"),
-            (f"KL(q(z|x) ‖ p(z)){label}", f"{group['kl']:.2f} nats"),
+            ("Held-out loss", f"{group['loss']:.3f} nats, 95 % {low:.3f} to {high:.3f}"),
+            ("Loss on images seen", f"{group['train_loss']:.3f} nats"),
+            ("KL(q(z|x) ‖ p(z))", f"{group['kl']:.2f} nats"),
         ]
     return rows
 

@@ -29,6 +29,7 @@ COLORS = {
 }
 SIZE = (5.6, 3.2)  # inches of 72 units; about as wide as a phone, so that text stays legible there
 History = list[dict[str, float]]
+GROUP_LOSS = re.compile(r"heldout_loss_\d+")
 
 
 class Plot(NamedTuple):
@@ -42,7 +43,7 @@ class Plot(NamedTuple):
 
 def elbo(history: History) -> Plot:
     """ELBO of training batches and validation images by step."""
-    figure, axes = _axes("step", "ELBO (nats per image)")
+    figure, axes = new_axes("step", "ELBO (nats per image)")
     _line(axes, history, "elbo", "soft")
     _line(axes, history, "validation_elbo", "reconstruction")
     settled = [
@@ -58,17 +59,17 @@ def elbo(history: History) -> Plot:
         note = "The axis is fitted to what comes after the first tenth of the steps. "
     keys = [("training", "soft", "line"), ("validation", "reconstruction", "line")]
     note += "Higher is better; a wide gap between the two curves is over-fitting."
-    return Plot("Stage 1: ELBO of the VAE", _svg(figure, "elbo", "ELBO by step"), keys, note)
+    return Plot("Stage 1: ELBO of the VAE", as_svg(figure, "elbo", "ELBO by step"), keys, note)
 
 
 def kl(history: History) -> Plot:
     """KL(q(z|x) || p(z)) by step."""
-    figure, axes = _axes("step", "KL (nats per image)")
+    figure, axes = new_axes("step", "KL (nats per image)")
     _line(axes, history, "kl", "soft")
     axes.set_ylim(bottom=0)
     return Plot(
         "Stage 1: KL(q(z|x) ‖ p(z))",
-        _svg(figure, "kl", "KL by step"),
+        as_svg(figure, "kl", "KL by step"),
         [("training", "soft", "line")],
         "Nats that the latents carry about an image. Near 0 the posteriors have collapsed.",
     )
@@ -76,7 +77,7 @@ def kl(history: History) -> Plot:
 
 def nce(history: History, best_step: int | None) -> Plot:
     """NCE loss by step, with its ceiling and the step that was kept."""
-    figure, axes = _axes("step", "NCE loss (nats)")
+    figure, axes = new_axes("step", "NCE loss (nats)")
     ceiling = 2 * LOG_2
     axes.axhline(ceiling, color=COLORS["ink"], linewidth=1, linestyle=(0, (4, 3)))
     _line(axes, history, "train_loss", "soft")
@@ -95,10 +96,29 @@ def nce(history: History, best_step: int | None) -> Plot:
     ] + [(f"kept, step {best_step:,}", "ncp", "dot") for _ in kept]
     return Plot(
         "Stage 2: loss of the classifier",
-        _svg(figure, "nce", "NCE loss by step"),
+        as_svg(figure, "nce", "NCE loss by step"),
         keys,
         "A classifier that cannot tell posterior from prior stays at 2 log 2. The further the "
         "held-out curve falls below it, the larger the hole.",
+    )
+
+
+def nce_of_groups(histories: Sequence[History]) -> Plot:
+    """Held-out NCE loss of each latent group by step, from one training log or several."""
+    figure, axes = new_axes("step", "held-out NCE loss (nats)")
+    ceiling = 2 * LOG_2
+    axes.axhline(ceiling, color=COLORS["ink"], linewidth=1, linestyle=(0, (4, 3)))
+    for history in histories:
+        names = sorted({name for row in history for name in row if GROUP_LOSS.fullmatch(name)})
+        for name in names or ["heldout_loss"]:
+            _line(axes, history, name, "ncp", width=1.0)
+    axes.set_ylim(0, 1.1 * ceiling)
+    return Plot(
+        "Stage 2: losses of the classifiers",
+        as_svg(figure, "nce", "Held-out NCE loss of each latent group by step"),
+        [("held out, a line for each group", "ncp", "line"), ("2 log 2: no hole", "ink", "dash")],
+        "Each group keeps the weights of its own lowest loss. A classifier that cannot tell "
+        "posterior from prior stays at 2 log 2.",
     )
 
 
@@ -109,7 +129,7 @@ def log_ratios(group: dict[str, Any], k: int | None = None) -> Plot:
         group: The record of one latent group.
         k: Its number where there are several.
     """
-    figure, axes = _axes("log r(z) (nats)", "density")
+    figure, axes = new_axes("log r(z) (nats)", "density")
     found = group["histogram"]
     for name, color in (("p", "base"), ("q", "reconstruction")):
         axes.stairs(found[name], found["edges"], fill=True, color=COLORS[color], alpha=0.22)
@@ -127,13 +147,13 @@ def log_ratios(group: dict[str, Any], k: int | None = None) -> Plot:
         "two would lie upon each other, at 0."
     )
     label = "" if k is None else f", group {k}"
-    drawn = _svg(figure, f"ratios{k or ''}", "Histogram of log r under q and p")
+    drawn = as_svg(figure, f"ratios{k or ''}", "Histogram of log r under q and p")
     return Plot(f"log r under posterior and prior{label}", drawn, keys, note)
 
 
 def ess(values: Sequence[float], proposals: int, k: int | None = None) -> Plot:
     """Histogram of the effective size of SIR's pools, one for each draw."""
-    figure, axes = _axes(f"effective proposals of {proposals:,}", "draws")
+    figure, axes = new_axes(f"effective proposals of {proposals:,}", "draws")
     mean = sum(values) / len(values)
     top = max(*values, 1.0) * 1.04
     bins = min(20, max(6, round(math.sqrt(len(values)) * 2)))
@@ -149,13 +169,13 @@ def ess(values: Sequence[float], proposals: int, k: int | None = None) -> Plot:
         "the best of its pool."
     )
     label = "" if k is None else f", group {k}"
-    drawn = _svg(figure, f"ess{k or ''}", "Histogram of effective sample sizes")
+    drawn = as_svg(figure, f"ess{k or ''}", "Histogram of effective sample sizes")
     return Plot(f"Effective sample size of SIR{label}", drawn, keys, note)
 
 
 def frechet(figures: Figures) -> Plot:
     """The three Frechet distances on one line each, with 95 % bars."""
-    figure, axes = _axes(f"Frechet distance ({figures['fd_base'].unit})", "", height=2.1)
+    figure, axes = new_axes(f"Frechet distance ({figures['fd_base'].unit})", "", (SIZE[0], 2.1))
     names = ["base", "ncp", "reconstruction"]
     for row, name in enumerate(names):
         found, color = figures[f"fd_{name}"], COLORS[name]
@@ -172,17 +192,18 @@ def frechet(figures: Figures) -> Plot:
     axes.tick_params(axis="y", labelcolor=COLORS["ink"])
     return Plot(
         "Distance to the test images",
-        _svg(figure, "frechet", "Frechet distances of base, NCP and reconstructions"),
+        as_svg(figure, "frechet", "Frechet distances of base, NCP and reconstructions"),
         [],
         "Lower is better; bars are 95 %. The reconstructions are what a perfect prior would reach, "
         "so the way from base to reconstruction is the gap that can be closed.",
     )
 
 
-def _axes(xlabel: str, ylabel: str, height: float = SIZE[1]) -> "tuple[Figure, Axes]":
+def new_axes(xlabel: str, ylabel: str, size: tuple[float, float] = SIZE) -> "tuple[Figure, Axes]":
+    """An empty plot in the look of the page."""
     from matplotlib.figure import Figure
 
-    figure = Figure((SIZE[0], height), layout="constrained")
+    figure = Figure(size, layout="constrained")
     axes = figure.add_subplot()
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -198,11 +219,11 @@ def _axes(xlabel: str, ylabel: str, height: float = SIZE[1]) -> "tuple[Figure, A
     return figure, axes
 
 
-def _line(axes: "Axes", history: History, name: str, color: str) -> None:
+def _line(axes: "Axes", history: History, name: str, color: str, width: float = 1.8) -> None:
     points = [(row["step"], row[name]) for row in history if name in row]
     if points:
         marker = "o" if len(points) == 1 else ""
-        axes.plot(*zip(*points, strict=True), color=COLORS[color], linewidth=1.8, marker=marker)
+        axes.plot(*zip(*points, strict=True), color=COLORS[color], linewidth=width, marker=marker)
 
 
 def _after_start(history: History) -> History:
@@ -213,7 +234,7 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def _svg(figure: "Figure", name: str, label: str) -> str:
+def as_svg(figure: "Figure", name: str, label: str) -> str:
     """The figure as an <svg> to be put into a page; `name` keeps its ids apart from others'."""
     import matplotlib
 

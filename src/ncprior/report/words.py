@@ -3,16 +3,20 @@
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ncprior.diagnosis import verdict
 from ncprior.figures import Figure, Figures
 from ncprior.generation import Draws
+from ncprior.group_figures import OF_A_GROUP, largest_jsd
+from ncprior.group_findings import GroupFinding, merged_warnings, words_in_short
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios.nce import LOG_2
 from ncprior.runs import Run
 
 FEW_PROPOSALS = 3
+HOLES = {"mended", "partly", "unchanged", "worse", "hole", "unreliable"}
 
 
 class Card(NamedTuple):
@@ -30,34 +34,44 @@ def shell_name(run: Run) -> str:
     return shlex.quote(run.path.resolve().name)
 
 
-def verdict_of(measured: Figures, known: Figures, prior: NoiseContrastivePrior | None) -> str:
+def verdict_of(
+    measured: Figures,
+    known: Figures,
+    prior: NoiseContrastivePrior | None,
+    findings: Sequence[GroupFinding] = (),
+) -> str:
     """Is the prior broken, and was it mended?
 
     Args:
         measured: What metrics.json holds.
         known: The same, with what the prior's own record has.
         prior: The prior, if it was fitted.
+        findings: What was found of each latent group, where there are several.
     """
-    if {"fd_base", "fd_ncp", "fd_reconstruction", "gap_closed", "jsd"} <= {*measured}:
-        return verdict(measured)
+    by_group = f" {words_in_short(findings)}" if findings else ""
+    if {"fd_base", "fd_ncp", "fd_reconstruction", "gap_closed"} <= {*measured} and _jsd(measured):
+        return verdict(measured) + by_group
     if prior is None:
         return (
             "This run has a trained VAE and no noise contrastive prior yet, so nothing has been "
             "measured. The images below are a first look: where base samples are worse than "
             "reconstructions, the prior has a hole."
         )
-    if "jsd" not in known:
+    found = _jsd(known)
+    if found is None:
         return (
             "A noise contrastive prior was fitted. How much nearer its samples are to the data has "
             "not been measured yet."
         )
-    jsd = known["jsd"]
+    k, jsd = found
+    which = "Its classifier" if k is None else f"Of its classifiers, that of group {k}"
+    how = "" if k is None else " best"
     interval = jsd.interval or (math.nan, math.nan)
     return (
-        f"A noise contrastive prior was fitted. Its classifier tells posterior from prior with a "
+        f"A noise contrastive prior was fitted. {which} tells posterior from prior{how} with a "
         f"JSD of {jsd.value:.3f} nats (95 % {interval[0]:.3f} to {interval[1]:.3f}; 0 without a "
         f"hole, at most {LOG_2:.3f}). How much nearer its samples are to the data has not been "
-        "measured yet."
+        f"measured yet.{by_group}"
     )
 
 
@@ -67,48 +81,70 @@ def warnings_of(
     drawn: Draws | None,
     proposals: int,
     name: str,
+    findings: Sequence[GroupFinding] = (),
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
     if prior is None or drawn is None:
         return []
+    if findings:
+        return [*merged_warnings(prior, findings), *_of_another_prior(measured, prior, name)]
     groups = prior.record.get("groups", [])
-    found = [
-        (f"Group {k}: " if len(groups) > 1 else "") + warning
-        for k, group in enumerate(groups)
-        for warning in group["warnings"]
-    ]
+    found = [warning for group in groups for warning in group["warnings"]]
     if drawn.ess.mean(1).min() < FEW_PROPOSALS:
         found.append(
             f"SIR’s pools of {proposals:,} hold fewer than {FEW_PROPOSALS} effective proposals: "
             "samples repeat the few best. Raise proposals or use a base nearer to the posterior."
         )
-    if len(groups) == 1 and "jsd" in measured and measured["jsd"].value != groups[0]["jsd"]:
-        found.append(
-            "The figures were measured for another prior than the one in this run: its JSD is "
-            f"{groups[0]['jsd']:.3f}, not {measured['jsd'].value:.3f}. Measure anew with "
+    return found + _of_another_prior(measured, prior, name)
+
+
+def _of_another_prior(measured: Figures, prior: NoiseContrastivePrior, name: str) -> list[str]:
+    groups = prior.record.get("groups", [])
+    for k, group in enumerate(groups):
+        figure = measured.get("jsd" if len(groups) == 1 else f"jsd_{k}")
+        if group is None or figure is None or figure.value == group["jsd"]:
+            continue
+        of = "" if len(groups) == 1 else f" of group {k}"
+        return [
+            f"The figures were measured for another prior than the one in this run: its JSD{of} is "
+            f"{group['jsd']:.3f}, not {figure.value:.3f}. Measure anew with "
             f"'ncprior diagnose {name}'."
-        )
-    return found
+        ]
+    return []
 
 
-def cards(known: Figures) -> list[Card]:
+def cards(known: Figures, findings: Sequence[GroupFinding] = ()) -> list[Card]:
     """The big numbers, of those that were measured."""
     found = []
     if "gap_closed" in known:
         found.append(_gap_card(known))
-    if "jsd" in known:
-        jsd = known["jsd"]
+    largest = _jsd(known)
+    if largest is not None:
+        k, jsd = largest
+        label = "JSD" if k is None else f"Largest JSD, group {k}"
         text = f"size of the hole in nats: 0 without one, {LOG_2:.3f} at most"
-        found.append(_card("JSD", jsd, text, jsd.value / LOG_2))
+        found.append(_card(label, jsd, text, jsd.value / LOG_2))
     if "ess_share" in known:
         ess = known["ess_share"]
         percent = _percent(ess)
         text = "of SIR’s proposals count in a draw; few mean that base and posterior are far apart"
+        text += "; mean over the groups" if "jsd" not in known else ""
         found.append(_card("ESS share", percent, text, ess.value, unit=" %"))
+    if any("mmd_gain" in f.figures for f in findings):
+        found.append(_mended_card(findings))
     if "log_z" in known:
         text = f"nats, from {known['log_z'].samples:,} base draws; near 0 if the ratios are right"
         found.append(_card("log Z", known["log_z"], text))
     return found
+
+
+def _mended_card(findings: Sequence[GroupFinding]) -> Card:
+    holes = [f for f in findings if f.word in HOLES]
+    if not holes:
+        return Card("Groups mended", "–", "", "no group of latents with a hole that could be seen")
+    mended = sum(f.word == "mended" for f in holes)
+    text = "of latents with a hole: draws of the NCP are much nearer to the posterior’s"
+    return Card("Groups mended", f"{mended} of {len(holes)}", "", text, mended / len(holes))
 
 
 def _gap_card(known: Figures) -> Card:
@@ -141,7 +177,17 @@ def _percent(figure: Figure) -> Figure:
 def missing(known: Figures) -> list[str]:
     """Big numbers that were not measured."""
     labels = {"gap_closed": "gap closed", "jsd": "JSD", "ess_share": "ESS share", "log_z": "log Z"}
+    if any(OF_A_GROUP.fullmatch(name) for name in known):  # log Z of several groups is seldom known
+        labels = {"gap_closed": "gap closed", "ess_share": "ESS share"}
     return [label for name, label in labels.items() if name not in known]
+
+
+def _jsd(figures: Figures) -> tuple[int | None, Figure] | None:
+    """The JSD, of several groups the largest and its group; None if there is none."""
+    try:
+        return largest_jsd(figures)
+    except KeyError:
+        return None
 
 
 def pictures(proposals: int) -> dict[str, tuple[str, str]]:
