@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
-from toys import gaussian_images, linear_vae
+from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
-from ncprior.diagnosis import verdict
-from ncprior.figures import Figure
+from ncprior.diagnosis import fit_summary, held_out_figures, verdict
+from ncprior.figures import Figure, as_text, table
 
 FIT = {"steps": 40, "evaluate_every": 20, "log_z_draws": 2000, "progress": False, "device": "cpu"}
 FIT |= {"network_options": {"width": 8, "members": 2}}
@@ -84,3 +86,99 @@ def test_log_z_far_from_zero_is_warned_of(diagnosed):
     finally:
         prior.log_z = kept
     assert any("log Z is -3.00, far from 0" in warning for warning in found.warnings)
+
+
+GROUPS = {"samples": 60, "proposals": 30, "group_samples": 250, "group_proposals": 40}
+
+
+@pytest.fixture(scope="module")
+def hierarchical():
+    """z1 of the posterior is far too narrow; z2 given z1 is as in the prior."""
+    vae = TwoGroups(widen=0.5)
+    noise = torch.randn(2500, 1, 1, 3, generator=torch.Generator().manual_seed(0))
+    images = (0.5 + 0.4 * noise).clamp(0, 1)
+    options = FIT | {"steps": 120, "evaluate_every": 60, "preset": "small", "log_z_draws": 0}
+    prior = ncprior.fit_prior(vae, images, **options)
+    return vae, images, prior, ncprior.diagnose(vae, images, prior=prior, **GROUPS)
+
+
+def test_each_group_has_figures_and_a_line(hierarchical):
+    _, _, prior, found = hierarchical
+    figures = found.figures
+    for k, group in enumerate(prior.record["groups"]):
+        for name, of_record in (("nce_loss", "loss"), ("jsd", "jsd"), ("kl", "kl")):
+            assert figures[f"{name}_{k}"].value == group[of_record]
+        for name in ("ess", "ess_share", "mmd_base", "mmd_ncp", "mmd_gain"):
+            assert figures[f"{name}_{k}"].error()
+        assert figures[f"mmd_base_{k}"].samples == 250
+        assert figures[f"ess_share_{k}"].samples == 60  # the pools of what was drawn
+    assert [f.group for f in found.groups] == [0, 1]
+    assert found.groups[0].word == "mended" and found.groups[1].word == "no hole"
+
+
+def test_totals_over_groups(hierarchical):
+    _, _, prior, found = hierarchical
+    figures = found.figures
+    assert figures["kl"].value == pytest.approx(sum(g["kl"] for g in prior.record["groups"]))
+    shares = [figures[f"ess_share_{k}"].value for k in (0, 1)]
+    assert figures["ess_share"].value == pytest.approx(sum(shares) / 2)
+
+
+def test_several_groups_print_as_two_tables(hierarchical):
+    text = str(hierarchical[3])
+    assert "gap closed" in text and "q to NCP" in text and "no hole" in text
+    assert "jsd 0" not in text and "nats in group 0, the largest)" in text
+    assert "Mended: group 0. No hole: group 1." in text
+
+
+def test_groups_that_keep_their_base(hierarchical):
+    """They are compared all the same; only what is drawn changes."""
+    vae, images, prior, whole = hierarchical
+    found = ncprior.diagnose(vae, images, prior=prior, groups="1", **GROUPS)
+    for k, other in ((0, "given posterior draws"), (1, "SIR's pools of 30")):
+        assert other in found.figures[f"ess_share_{k}"].note
+        for name in ("mmd_base", "mmd_ncp"):
+            assert found.figures[f"{name}_{k}"] == whole.figures[f"{name}_{k}"]
+    assert found.figures["ess_share"].value == found.figures["ess_share_1"].value
+    with pytest.raises(ValueError, match="groups must be numbers from 0 to 1"):
+        ncprior.diagnose(vae, images, prior=prior, groups="2", **GROUPS)
+
+
+def test_without_a_comparison_of_groups(hierarchical):
+    vae, images, prior, _ = hierarchical
+    found = ncprior.diagnose(vae, images, prior=prior, **GROUPS | {"group_samples": 0})
+    assert not any(name.startswith("mmd") for name in found.figures)
+    assert [f.word for f in found.groups] == ["hole", "no hole"] and "MMD" not in str(found)
+
+
+def test_options_are_those_of_draw(hierarchical):
+    vae, images, prior, _ = hierarchical
+    options = GROUPS | {"sampler": "langevin", "group_samples": 0}
+    found = ncprior.diagnose(vae, images, prior=prior, steps=2, **options)
+    assert "ess_share" not in found.figures
+    with pytest.raises(TypeError, match="step_sizes"):
+        ncprior.diagnose(vae, None, step_sizes=0.1)  # before anything is read or fitted
+    with pytest.raises(ValueError, match="group_proposals at least 1, got 250 and 0"):
+        ncprior.diagnose(vae, images, **GROUPS | {"group_proposals": 0})
+
+
+def test_a_group_that_was_not_fitted(hierarchical):
+    vae, images, prior, _ = hierarchical
+    part = prior.only([1])
+    part.record = prior.record | {"groups": [None, prior.record["groups"][1]]}
+    assert {*held_out_figures(part)} == {"kl", "nce_loss_1", "jsd_1", "kl_1"}
+    found = ncprior.diagnose(vae, images, prior=part, **GROUPS)
+    assert [f.word for f in found.groups] == ["not fitted", "no hole"]
+    assert "mmd_base_0" in found.figures and "mmd_ncp_0" not in found.figures
+    assert found.figures["kl"].note == "held out, sum over 1 of 2 groups"
+    assert math.isfinite(found.figures["ess_share"].value)
+    assert "Not fitted: group 0." in fit_summary(part)
+
+
+def test_summary_of_a_fit(diagnosed, hierarchical):
+    flat, several = diagnosed[2], hierarchical[2]
+    assert fit_summary(flat) == as_text(table(held_out_figures(flat)))
+    text = fit_summary(several)
+    assert "Hole: group 0. No hole: group 1." in text and "MMD" not in text
+    share = several.record["groups"][0]["ess_share"]
+    assert f"{100 * share:.1f} %" in text

@@ -140,11 +140,11 @@ def fit(
     Latent groups of a hierarchical VAE are independent: processes that torchrun or Slurm start on
     the same run each fit a share of them.
     """
-    from ncprior.diagnosis import held_out_figures
-    from ncprior.figures import as_text, table
+    from ncprior.diagnosis import fit_summary, held_out_figures
     from ncprior.groups import spell_groups
     from ncprior.pipeline import fit_run
     from ncprior.runs import Run
+    from ncprior.shares import process_place
 
     given = {"preset": preset, "base": base, "steps": steps, "seed": seed, "device": device}
     changes = {
@@ -161,15 +161,19 @@ def fit(
     figures = held_out_figures(prior)
     warnings = [w for group in prior.record["groups"] if group for w in group["warnings"]]
     content = _flat(figures) | {"run": str(run), "warnings": warnings}
+    said = warnings if prior.num_groups == 1 else []  # the summary of several has its own
     missing = sorted(set(range(prior.num_groups)) - set(prior.fitted_groups))
     if missing:
-        warnings.append(
-            f"Groups {spell_groups(missing)} keep their base prior until a part with them is "
-            f"fitted: ncprior fit {run} --groups {spell_groups(missing)}"
+        left = spell_groups(missing)
+        said.append(
+            f"Groups {left} keep their base prior until a part with them is fitted: "
+            f"ncprior fit {run} --groups {left}"
+            if process_place()[1] == 1
+            else f"Groups {left} are still with other processes; they join by themselves."
         )
     lines = [
-        as_text(table(figures)),
-        *(f"! {w}" for w in warnings),
+        fit_summary(prior),
+        *(f"! {w}" for w in said),
         f"Next: ncprior diagnose {run}",
     ]
     _show(content, as_json, "\n".join(lines))

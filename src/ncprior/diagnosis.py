@@ -1,5 +1,6 @@
 """How large the hole in the prior is, and how much of it a noise contrastive prior closes."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ from torch import Tensor
 from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.evaluation import draw_each, frechet_figures
 from ncprior.figures import Figure, Figures, as_text, table
-from ncprior.generation import Draws
+from ncprior.generation import Draws, draw
 from ncprior.group_figures import ess_figures, largest_jsd, mmd_figures, overall
 from ncprior.group_findings import (
     GroupFinding,
     group_findings,
     group_table,
+    inactive_note,
     merged_warnings,
     words_in_short,
 )
@@ -106,6 +108,7 @@ def diagnose(
             "group_samples must be at least 0 and group_proposals at least 1, "
             f"got {group_samples} and {group_proposals}"
         )
+    inspect.signature(draw).bind_partial(**options)  # a misspelt one stops here
     data, splits = as_data(data, splits, seed)
     options |= {
         "sampler": sampler,
@@ -130,7 +133,7 @@ def diagnose(
     figures |= frechet_figures(drawn, data, splits, features, seed)
     findings = group_findings(prior, figures) if several else []
     if several:
-        warnings = merged_warnings(prior, findings)
+        warnings = merged_warnings(prior, findings) + inactive_note(prior)
     else:
         warnings = [w for group in prior.record["groups"] for w in group["warnings"]]
         if sampler == "sir" and figures["ess_share"].value * proposals < FEW_PROPOSALS:
@@ -149,7 +152,8 @@ def diagnose(
 def fit_summary(prior: NoiseContrastivePrior) -> str:
     """What the fit found, as text: a table of figures, or of latent groups if there are several.
 
-    ESS shares of groups are those of held-out draws of the prior, contexts pooled.
+    ESS shares of groups are of held-out draws of the prior, contexts pooled; ratios of which fewer
+    than 3 in 1000 count are called unreliable.
     """
     figures = held_out_figures(prior)
     if prior.num_groups == 1:
@@ -161,7 +165,10 @@ def fit_summary(prior: NoiseContrastivePrior) -> str:
             figures[f"ess_share_{k}"] = Figure(share, "of proposals", count, record["seed"])
     findings = group_findings(prior, figures)
     lines = [as_text(group_table(findings)), words_in_short(findings)]
-    return "\n".join(lines + [f"! {text}" for text in merged_warnings(prior, findings)])
+    if prior.log_z is not None:
+        lines.append(f"log Z {figures['log_z'].text()} {figures['log_z'].error()} nats.")
+    said = merged_warnings(prior, findings) + inactive_note(prior)
+    return "\n".join(lines + [f"! {text}" for text in said])
 
 
 def held_out_figures(prior: NoiseContrastivePrior) -> Figures:
@@ -175,12 +182,8 @@ def held_out_figures(prior: NoiseContrastivePrior) -> Figures:
     fitted = {k: group for k, group in enumerate(record["groups"]) if group is not None}
     if several:
         total = sum(group["kl"] for group in fitted.values())
-        note = (
-            "sum over the groups"
-            if len(fitted) == len(record["groups"])
-            else (f"sum over {len(fitted)} fitted of {len(record['groups'])} groups")
-        )
-        figures["kl"] = Figure(total, "nats", num, seed, note=f"{note}, held out")
+        note = f"held out, sum over {len(fitted)} of {len(record['groups'])} groups"
+        figures["kl"] = Figure(total, "nats", num, seed, note=note)
     for k, group in fitted.items():
         suffix = f"_{k}" if several else ""
         for name in ("loss", "jsd"):

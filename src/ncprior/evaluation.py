@@ -23,6 +23,7 @@ from ncprior.training.progress import progress_bar
 from ncprior.walk import device_of, evaluating
 
 RECONSTRUCTED_IMAGES = 20_000
+HIERARCHICAL_ROWS = 500  # at a time through a decoder of many layers
 RECONSTRUCTED_NUMBERS = 1 << 26  # pixels times channels held for them
 
 
@@ -44,7 +45,7 @@ def nll_figures(
         vae: The VAE.
         data: Its images; binarised dynamically, each test image is drawn once, by `seed`.
         splits: Which of them are for test.
-        prior: A noise contrastive prior of one group.
+        prior: A noise contrastive prior.
         images: Number of test images.
         importance_samples: Posterior draws per image; the NLL, an upper bound, falls with them.
         log_z_draws: Base draws for log Z, whose error enters that of the NCP's NLL.
@@ -70,7 +71,12 @@ def nll_figures(
         for part in rows.split(50):
             x = data.batch(part, generator=pixels).to(device)
             found = importance_weighted_bounds(
-                vae, x, importance_samples, prior=prior, generator=generator
+                vae,
+                x,
+                importance_samples,
+                prior=prior,
+                generator=generator,
+                rows_at_once=10_000 if vae.num_groups == 1 else HIERARCHICAL_ROWS,
             )
             base.append(found.base)
             if found.unnormalized_ncp is not None:
@@ -84,7 +90,10 @@ def nll_figures(
         return figures
     with evaluating(vae):
         of_base = stream(seed, "nll log z", device=device)
-        z = log_z(base_log_ratios(vae, prior, log_z_draws, generator=of_base))
+        rows_at_once = 8192 if vae.num_groups == 1 else HIERARCHICAL_ROWS
+        z = log_z(
+            base_log_ratios(vae, prior, log_z_draws, generator=of_base, rows_at_once=rows_at_once)
+        )
     figures["nll_log_z"] = Figure(z.value, "nats", z.num, seed, z.se, note=f"ESS {z.ess:.0f}")
     nll_ncp = -torch.cat(ncp) + z.value
     for name, values in (("nll_ncp", nll_ncp), ("nll_gain", nll - nll_ncp)):

@@ -15,16 +15,16 @@ USUAL_PROPOSALS = 1000  # SIR's pool where none was drawn yet
 NO_JSD = 0.005  # nats; a hole that small shows nowhere
 SMALL_JSD = 0.05
 STRONG_OVERFIT_SHARE = 0.3  # of the held-out loss
-SIGNIFICANT = 3  # standard errors, as there are dozens of groups
+SIGNIFICANT = 2  # standard errors; those of MMDs are too large where laws are nearly equal
 
 WORDS = {
-    "mended": "its MMD to the posterior falls by more than half",
-    "partly": "it falls, but by less than half",
-    "unchanged": "the prior is off by MMD, and the NCP is so as much",
-    "worse": "the NCP is further from the posterior than the prior is",
-    "hole": "the classifier tells posterior from prior",
-    "no hole": f"it cannot (JSD below {NO_JSD} within its error), and nor can MMD",
-    "unclear": "too few images to say",
+    "mended": "the MMD to the posterior falls by more than half",
+    "improved": "the MMD falls, by less than half",
+    "unchanged": "the MMD of the NCP is above 0, and not clearly below that of the base prior",
+    "worse": "the MMD rises",
+    "hole": "the classifier tells posterior from prior; what was mended is not measured yet",
+    "no hole": f"the JSD is below {NO_JSD} within its error",
+    "unclear": "the errors are too large to say",
     "unreliable": f"fewer than {FEW_PROPOSALS} effective proposals, almost perfect separation or "
     "strong over-fitting",
     "inactive": f"KL below {COLLAPSED_KL} nats: the posterior is the prior",
@@ -48,7 +48,8 @@ def group_findings(prior: NoiseContrastivePrior, figures: Figures) -> list[Group
     for k, record in enumerate(prior.record["groups"]):
         own = {name: figures[f"{name}_{k}"] for name in NAMES if f"{name}_{k}" in figures}
         shape = getattr(prior.ratios[k], "latent_shape", None)
-        found.append(GroupFinding(k, shape, own, judge(record, own)))
+        word = judge(record if k in prior.fitted_groups else None, own)
+        found.append(GroupFinding(k, shape, own, word))
     return found
 
 
@@ -56,7 +57,7 @@ def judge(record: dict[str, Any] | None, measured: Figures) -> str:
     """The word for a group, the first that holds of: not fitted, inactive, unreliable, the rest.
 
     Args:
-        record: What the fit recorded of it; None if it was not fitted.
+        record: What the fit recorded of it; None if it has no ratio.
         measured: Its figures by `NAMES`. Without "ess" the pools are supposed to hold 1000
             proposals; without the MMDs it is not known what was mended.
     """
@@ -76,10 +77,10 @@ def judge(record: dict[str, Any] | None, measured: Figures) -> str:
         return without
     base, ncp, gain = (measured[f"mmd_{name}"] for name in ("base", "ncp", "gain"))
     if gain.value > SIGNIFICANT * (gain.se or 0):
-        return "mended" if 2 * ncp.value < base.value else "partly"
+        return "mended" if 2 * ncp.value < base.value else "improved"
     if gain.value < -SIGNIFICANT * (gain.se or 0):
         return "worse"
-    if base.value > SIGNIFICANT * (base.se or 0):
+    if ncp.value > SIGNIFICANT * (ncp.se or 0):
         return "unchanged"
     return "unclear" if without == "hole" else without
 
@@ -134,28 +135,22 @@ def name_groups(groups: Iterable[int]) -> str:
 
 
 def merged_warnings(prior: NoiseContrastivePrior, findings: Sequence[GroupFinding]) -> list[str]:
-    """What a user should know before trusting ratios of several groups, a line for each kind."""
-    fitted = {k: g for k, g in enumerate(prior.record["groups"]) if g is not None}
-    inactive = [k for k, g in fitted.items() if g["kl"] < COLLAPSED_KL]
+    """What a user should know before trusting ratios of several groups, a line for each kind.
+
+    Groups that are merely inactive are no reason for one; see `inactive_note`.
+    """
+    fitted = _fitted(prior)
     separated = [k for k, g in fitted.items() if g["jsd"] > SEPARATED_JSD]
-    overfit = [
-        k for k, g in fitted.items()
-        if g["loss"] - g["train_loss"] > OVERFIT_SHARE * g["loss"] and k not in separated
-    ]  # fmt: skip
-    few = [
-        f.group for f in findings if "ess" in f.figures and f.figures["ess"].value < FEW_PROPOSALS
-    ]
+    excess = {k: g["loss"] - g["train_loss"] for k, g in fitted.items() if k not in separated}
+    overfit = [k for k, gap in excess.items() if gap > OVERFIT_SHARE * fitted[k]["loss"]]
+    sizes = {f.group: f.figures["ess"].value for f in findings if "ess" in f.figures}
+    few = [k for k, size in sizes.items() if size < FEW_PROPOSALS]
     found = []
-    if inactive and len(inactive) == len(prior.ratios):
+    if len(_inactive(prior)) == len(prior.ratios):
         found.append(
-            f"All latent groups have collapsed: KL below {COLLAPSED_KL} nats each, so that "
+            f"all latent groups have collapsed: KL below {COLLAPSED_KL} nats each, so that "
             "posteriors equal the prior. There is no hole to mend. Train the VAE with a KL warm-up "
             "or a narrower likelihood."
-        )
-    elif inactive:
-        found.append(
-            f"{name_groups(inactive)}: inactive (KL below {COLLAPSED_KL} nats), so that posterior "
-            "and prior are the same. This is common in hierarchical VAEs and does no harm."
         )
     if separated:
         found.append(
@@ -165,7 +160,7 @@ def merged_warnings(prior: NoiseContrastivePrior, findings: Sequence[GroupFindin
             "or train the VAE with a larger KL weight or a wider likelihood."
         )
     if overfit:
-        worst = max(overfit, key=lambda k: fitted[k]["loss"] - fitted[k]["train_loss"])
+        worst = max(overfit, key=excess.__getitem__)
         found.append(
             f"{name_groups(overfit)}: the classifier over-fits (most in group {worst}: loss "
             f"{fitted[worst]['train_loss']:.3f} on images it was fitted on, "
@@ -179,6 +174,27 @@ def merged_warnings(prior: NoiseContrastivePrior, findings: Sequence[GroupFindin
             "base prior (groups = ...)."
         )
     return [text[0].upper() + text[1:] for text in found]
+
+
+def inactive_note(prior: NoiseContrastivePrior) -> list[str]:
+    """A line on groups that carry nothing, where others do."""
+    inactive = _inactive(prior)
+    if not inactive or len(inactive) == len(prior.ratios):
+        return []
+    named = name_groups(inactive).capitalize()
+    return [
+        f"{named}: inactive (KL below {COLLAPSED_KL} nats), so that posterior and prior are the "
+        "same. This is common in hierarchical VAEs and does no harm."
+    ]
+
+
+def _fitted(prior: NoiseContrastivePrior) -> dict[int, dict[str, Any]]:
+    """The records of the groups that were fitted."""
+    return {k: group for k, group in enumerate(prior.record["groups"]) if group is not None}
+
+
+def _inactive(prior: NoiseContrastivePrior) -> list[int]:
+    return [k for k, group in _fitted(prior).items() if group["kl"] < COLLAPSED_KL]
 
 
 def _percent(figure: Figure | None, dash: str) -> str:

@@ -109,6 +109,25 @@ def test_log_z_is_that_of_the_product(fitted, errors):
     assert abs(found.value) < 0.3
 
 
+class Tilt(nn.Module):
+    """log r(u) = a sum u: E_p[r] = exp(d a^2 / 2) where p is N(0, I) in u."""
+
+    def __init__(self, a):
+        super().__init__()
+        self.a = a
+
+    def forward(self, z, context=None):
+        return self.a * z.sum(-1)
+
+
+def test_global_log_z_in_closed_form(rng):
+    """Both groups count: log Z = d (a1^2 + a2^2) / 2."""
+    prior = ncprior.NoiseContrastivePrior([Tilt(0.3), Tilt(0.5)])
+    found = log_z(base_log_ratios(Chain(), prior, 50_000, generator=rng, rows_at_once=7000))
+    assert found.num == 50_000 and found.se < 0.01
+    assert abs(found.value - SIZE * (0.3**2 + 0.5**2) / 2) < 4 * found.se
+
+
 @pytest.mark.parametrize(
     ("sampler", "bias"),
     [({"sampler": "sir", "proposals": 300}, 0.03), ({"sampler": "langevin", "steps": 250}, 0.02)],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ncprior.numerics import Estimate
 
-NUMBERS_AT_ONCE = 1 << 22  # of a kernel matrix, 32 MiB each; four are held
+NUMBERS_AT_ONCE = 1 << 21  # of a kernel matrix, 16 MiB; about six are held
 ROWS_FOR_MEDIAN = 1000
 
 

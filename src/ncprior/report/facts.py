@@ -14,7 +14,7 @@ from ncprior.report.words import base_name, describe
 from ncprior.runs import Run
 
 Rows = list[tuple[str, str]]
-WRITTEN = {word.lower(): word for word in ("ESS", "FD", "JSD", "NCE", "NCP", "NLL", "Z")}
+WRITTEN = {word.lower(): word for word in ("ESS", "FD", "JSD", "KL", "NCE", "NCP", "NLL", "Z")}
 
 
 class FigureRow(NamedTuple):

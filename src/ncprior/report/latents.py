@@ -11,7 +11,7 @@ from ncprior.priors import NoiseContrastivePrior
 from ncprior.report import group_plots
 from ncprior.report.plots import Plot
 
-COLORS = {"mended": "reconstruction", "partly": "reconstruction", "no hole": "reconstruction"}
+COLORS = {"mended": "reconstruction", "improved": "reconstruction", "no hole": "reconstruction"}
 COLORS |= {"hole": "base", "unchanged": "base", "worse": "warn", "unreliable": "warn"}
 
 

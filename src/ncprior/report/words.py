@@ -16,7 +16,7 @@ from ncprior.ratios.nce import LOG_2
 from ncprior.runs import Run
 
 FEW_PROPOSALS = 3
-HOLES = {"mended", "partly", "unchanged", "worse", "hole", "unreliable"}
+HOLES = {"mended", "improved", "unchanged", "worse", "hole", "unreliable"}
 
 
 class Card(NamedTuple):

@@ -1,0 +1,72 @@
+"""MMD of groups where the hole, and what mends it, are known."""
+
+import pytest
+import torch
+from test_group_samples import Tilt, hole
+
+from ncprior.data import Splits
+from ncprior.figures import Figure
+from ncprior.group_figures import largest_jsd, mmd_figures, overall
+from ncprior.priors import NoiseContrastivePrior
+from ncprior.ratios import UnitRatio
+
+ROWS = torch.arange(3000)
+SPLITS = Splits(ROWS[:1000], ROWS[1000:1001], ROWS[1001:])
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return hole()
+
+
+def gaussian_mmd(size, variance, bandwidth):
+    """MMD^2 between N(0, variance I) and N(0, I)."""
+
+    def mean(total):
+        return (bandwidth**2 / (bandwidth**2 + total)) ** (size / 2)
+
+    return mean(2 * variance) + mean(2.0) - 2 * mean(1 + variance)
+
+
+def test_mmd_of_a_hole_and_of_the_exact_ratio(toy):
+    """Four standard errors, of which the closed form is to the base; 0.002 for SIR's bias."""
+    vae, prior, data, variance = toy
+    found = mmd_figures(vae, prior, data, SPLITS, images=600, proposals=100)
+    assert {*found} == {
+        *(f"mmd_{name}_0" for name in ("base", "ncp", "gain")), "ess_0", "ess_share_0", "mmd_base_1"
+    }  # fmt: skip
+    base, ncp, gain = (found[f"mmd_{name}_0"] for name in ("base", "ncp", "gain"))
+    assert base.samples == 600 and base.unit == "MMD^2"
+    bandwidth = float(base.note.rsplit(" ", 1)[1])
+    expected = gaussian_mmd(3, variance, bandwidth)
+    assert abs(base.value - expected) < 4 * base.se and expected > 10 * base.se
+    assert abs(ncp.value) < 4 * ncp.se + 0.002
+    assert gain.value == pytest.approx(base.value - ncp.value)
+    assert found["ess_share_0"].value * 100 == pytest.approx(found["ess_0"].value)
+
+
+def test_same_bandwidth_for_base_and_ncp(toy):
+    """A ratio of 1 leaves the base prior, at the base prior's distance."""
+    vae, _, data, _ = toy
+    prior = NoiseContrastivePrior([Tilt(1.0), UnitRatio()])
+    found = mmd_figures(vae, prior, data, SPLITS, images=600, proposals=2)
+    gain = found["mmd_gain_0"]
+    assert abs(gain.value) < 4 * gain.se < found["mmd_base_0"].value
+
+
+@pytest.mark.parametrize("count", [9, 10])
+def test_too_few_images_give_no_figures(toy, count):
+    vae, prior, data, _ = toy
+    splits = SPLITS._replace(test=ROWS[-count:])
+    assert bool(mmd_figures(vae, prior, data, splits, proposals=2)) == (count == 10)
+
+
+def test_names_tell_groups_from_the_whole():
+    figure = Figure(0.1, "nats", 1, 0)
+    names = ["jsd_0", "jsd_12", "ess_share_3", "mmd_base_3", "ess_share", "fd_base", "log_z", "kl"]
+    figures = dict.fromkeys(names, figure) | {"jsd_12": figure._replace(value=0.3)}
+    assert [*overall(figures)] == ["ess_share", "fd_base", "log_z", "kl"]
+    assert largest_jsd(figures) == (12, figures["jsd_12"])
+    assert largest_jsd({"jsd": figure}) == (None, figure)
+    with pytest.raises(KeyError):
+        largest_jsd({"fd_base": figure})
