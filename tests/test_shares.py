@@ -103,6 +103,7 @@ def test_a_killed_share_that_is_resumed_gives_the_same_prior(run, tmp_path):
     assert [group is None for group in record["groups"]] == [False] * 3
 
 
+@pytest.mark.slow
 def test_parts_and_whole_agree(run):
     """But for rounding, which twelve steps of Adam let grow a little."""
     for groups in ("0-1", [2]):
@@ -115,6 +116,7 @@ def test_parts_and_whole_agree(run):
         assert a["kl"] == pytest.approx(b["kl"])
 
 
+@pytest.mark.slow
 def test_fitting_a_group_twice_needs_a_word(run):
     fit_run(run, groups="0-1", progress=False)
     before = weights(run)

@@ -233,6 +233,10 @@ def diagnose(
     samples: Annotated[int | None, typer.Option(min=40, help="Images from each source.")] = None,
     proposals: Annotated[int | None, typer.Option(min=1, help="SIR's pool.")] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="How to draw from the NCP.")] = None,
+    groups: Groups = None,
+    group_samples: Annotated[
+        int | None, typer.Option(min=0, help="Draws to compare in each latent group; 0 for none.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -245,6 +249,8 @@ def diagnose(
         "samples": samples,
         "proposals": proposals,
         "sampler": sampler.value if sampler else None,
+        "groups": groups,
+        "group_samples": group_samples,
         "seed": seed,
     }
     changes = {name: value for name, value in given.items() if value is not None}

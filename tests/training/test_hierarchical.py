@@ -128,6 +128,7 @@ def test_global_log_z_in_closed_form(rng):
     assert abs(found.value - SIZE * (0.3**2 + 0.5**2) / 2) < 4 * found.se
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "bias"),
     [({"sampler": "sir", "proposals": 300}, 0.03), ({"sampler": "langevin", "steps": 250}, 0.02)],
