@@ -13,6 +13,7 @@ from ncprior.figures import Figure, Figures, as_text, table
 from ncprior.generation import Draws, draw
 from ncprior.group_figures import ess_figures, largest_jsd, mmd_figures, overall
 from ncprior.group_findings import (
+    FEW_PROPOSALS,
     GroupFinding,
     group_findings,
     group_table,
@@ -28,7 +29,6 @@ from ncprior.ratios.nce import LOG_2
 from ncprior.training import fit_prior
 
 FAR_LOG_Z = 1.0  # nats
-FEW_PROPOSALS = 3
 
 
 class Diagnosis(NamedTuple):

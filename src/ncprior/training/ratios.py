@@ -335,8 +335,6 @@ def _named_base(
         return None
     if name != "mixture":
         raise ValueError(f'base must be "gaussian", "mixture" or a density, got {name!r}')
-    if vae.num_groups != 1:
-        raise ValueError('base="mixture" needs a VAE with one latent group')
     evidence = encode(vae, data, rows, generator=stream(seed, "base images"), device=device)
     pairs = draw_pairs(vae, evidence, len(rows), stream(seed, "base", device=device))
     return GaussianMixture.fit(pairs[0].posterior, 10, seed=seed)
