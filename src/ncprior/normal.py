@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -98,6 +99,7 @@ def _bounded(x: Tensor) -> Tensor:
 class StandardNormal(nn.Module):
     """The usual base prior N(0, I) over latents of size d, movable between devices."""
 
+    normalized = True
     loc: Tensor
     scale: Tensor
 
@@ -110,6 +112,11 @@ class StandardNormal(nn.Module):
     @property
     def config(self) -> dict[str, int]:
         return {"latent_size": self.latent_size}
+
+    @classmethod
+    def fit(cls, codes: Any, *, seed: int = 0, report: Any = None) -> "StandardNormal":
+        """N(0, I) of the size of the codes; there is nothing to fit."""
+        return cls(codes.loc.shape[1]).to(codes.loc.device)
 
     def rows(self, num: int) -> Normal:
         """The same density for each of `num` rows."""

@@ -8,6 +8,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ncprior.normal import LOG_2_PI
+from ncprior.numerics import stream
+from ncprior.priors.codes import Codes
+from ncprior.priors.fitting import Report, ignore
 
 
 class GaussianMixture(nn.Module):
@@ -20,6 +23,7 @@ class GaussianMixture(nn.Module):
     RAE (Ghosh et al. 2020) fits 10 components on the codes of an autoencoder.
     """
 
+    normalized = True
     log_weights: Tensor  # (m,)
     means: Tensor  # (m, d)
     cholesky: Tensor  # (m, d, d), lower
@@ -49,20 +53,31 @@ class GaussianMixture(nn.Module):
     @classmethod
     def fit(
         cls,
-        codes: Tensor,
+        codes: Codes | Tensor,
         components: int = 10,
         *,
         seed: int = 0,
+        report: Report = ignore,
         max_iter: int = 2000,
         tol: float = 1e-3,
     ) -> "GaussianMixture":
-        """Fit on codes (n, d) by expectation maximisation (scikit-learn, full covariances).
+        """Fit by expectation maximisation (scikit-learn, full covariances).
+
+        Args:
+            codes: One draw of each image's posterior is taken; a tensor (n, d) is taken as it is.
+            components: Number of components m.
+            seed: Decides the draws and the first guess.
+            report: Receives the mean log-likelihood in nats, once.
+            max_iter: Iterations at most.
+            tol: Gain in the mean log-likelihood below which it ends.
 
         Raises:
             ValueError: fewer codes than components, or codes that are not finite.
         """
         from sklearn.mixture import GaussianMixture as Fit
 
+        if isinstance(codes, Codes):
+            codes = codes.checked().each(generator=stream(seed, "mixture", 0, codes.loc.device))
         if codes.ndim != 2 or len(codes) < max(components, 2):
             raise ValueError(
                 f"codes must be (n, d) with n of at least {max(components, 2)}, "
@@ -73,6 +88,7 @@ class GaussianMixture(nn.Module):
         found = Fit(components, max_iter=max_iter, tol=tol, random_state=seed).fit(
             codes.double().cpu().numpy()
         )
+        report(found.n_iter_, {"log_prob": float(found.lower_bound_)})
         mixture = cls(components, codes.shape[1])
         covariances = torch.from_numpy(found.covariances_)
         mixture.set(

@@ -1,4 +1,4 @@
-"""Noise contrastive priors on disk and on the hub: config.json + model.safetensors."""
+"""Priors on disk and on the hub: config.json + model.safetensors."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,11 @@ from ncprior.ratios import NETWORKS, UnitRatio
 from ncprior.storage import load_tensors, restore, save_tensors
 
 FORMAT = 2
-BASES: dict[str, Any] = {"gaussian": StandardNormal, "mixture": GaussianMixture}
+DENSITY_FORMAT = 1
+BASES: dict[str, Any] = {
+    "gaussian": StandardNormal,
+    "mixture": GaussianMixture,
+}
 
 
 def save_prior(prior: Any, directory: Path) -> None:
@@ -41,6 +45,43 @@ def load_prior(cls: type, directory: Path) -> Any:
         )
     try:
         prior = _from_config(cls, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{directory}/config.json is not one that this version reads "
+            f"({type(error).__name__}: {error}); fit it anew"
+        ) from None
+    restore(prior, tensors, directory)
+    return prior.eval().requires_grad_(False)
+
+
+def save_density(prior: Any, directory: str | Path) -> None:
+    """Write a prior of `BASES` into `directory`.
+
+    Raises:
+        TypeError: a class that is not ours, a noise contrastive prior included (it has a
+            `save_pretrained` of its own).
+    """
+    config = {"format": DENSITY_FORMAT, "class": "density"} | _base_config(prior)
+    save_tensors(Path(directory), config, prior.state_dict())
+
+
+def load_density(directory: str | Path) -> Any:
+    """Read what `save_density` wrote; in evaluation mode, without gradients.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: files that are damaged, of another class or format, or that disagree.
+    """
+    directory = Path(directory)
+    config, tensors = load_tensors(directory)
+    if not isinstance(config, dict) or config.pop("class", None) != "density":
+        raise ValueError(f"{directory}/config.json is not that of a density; fit it anew")
+    if config.pop("format", None) != DENSITY_FORMAT:
+        raise ValueError(
+            f"{directory}/config.json is not of format {DENSITY_FORMAT}; fit the prior anew"
+        )
+    try:
+        prior = BASES[config.pop("kind")](**config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{directory}/config.json is not one that this version reads "
