@@ -12,7 +12,7 @@ import ncprior
 from ncprior.normal import Normal
 from ncprior.training.loop import Interrupted
 from ncprior.training.regularisation import NormPenalty
-from ncprior.training.vae import Elbo, _VAEJob, kl_weight
+from ncprior.training.vae import Elbo, _VAEJob, kl_ramp
 from ncprior.vaes.likelihoods import BernoulliEmission
 from ncprior.vaes.nvae.checkpoint import load_published
 from ncprior.vaes.nvae.flows import FlowedNormal
@@ -67,9 +67,9 @@ def test_kl_start():
     """NVAE's clamp((t - start) / length, 1e-4, 1), with t the number of the step from 1."""
     found = weights_seen(7, warmup_steps=4, start_steps=2)
     assert [beta for (beta,) in found] == [1e-4, 1e-4, 0.25, 0.5, 0.75, 1, 1]
-    assert [kl_weight(t, start=2, length=0) for t in range(4)] == [1e-4, 1e-4, 1, 1]
+    assert [kl_ramp(t, start=2, length=0) for t in range(4)] == [1e-4, 1e-4, 1, 1]
     steps = 1_000_000
-    beta = kl_weight(50_000 - 1, start=1e-4 * steps, length=0.3 * steps)
+    beta = kl_ramp(50_000 - 1, start=1e-4 * steps, length=0.3 * steps)
     assert beta == pytest.approx((50_000 - 100) / 300_000)
 
 
@@ -130,6 +130,29 @@ def nvae():
             return ncprior.build_vae((1, 8, 8), preset="nvae-digits", **options)
 
     return make
+
+
+def test_kl_weight_narrows_the_posterior(rng):
+    """With a weight w the best q(z|x) under a linear decoder is that of noise w sigma^2."""
+    c, sigma, weight = 0.3, 0.1, 0.1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 4))
+        decoder = Reshape().requires_grad_(False)
+    decoder.layer.weight.copy_(c * torch.eye(2))
+    decoder.layer.bias.fill_(0.5)
+    options = {"latent_size": 2, "posterior_scale": "log_scale"}
+    vae = ncprior.FlatVAE(encoder, decoder, ncprior.Gaussian(sigma), **options)
+    images = gaussian_images(1000, rng)
+    options = {"steps": 600, "batch_size": 200, "learning_rate": 0.1, "kl_weight": weight}
+    ncprior.train_vae(vae, images, **options, **QUIET)
+    loc, scale = vae.encode(images)
+    variance = 1 / (1 + c**2 / (weight * sigma**2))
+    # The steps end with a rate of 0: what is left is far below a per cent.
+    torch.testing.assert_close(scale.mean(), torch.tensor(variance**0.5), rtol=0.01, atol=0)
+    slope = torch.linalg.lstsq(images.flatten(1) - 0.5, loc).solution
+    best = variance * c / (weight * sigma**2) * torch.eye(2)
+    torch.testing.assert_close(slope, best, rtol=0, atol=0.02 * float(best[0, 0]))
 
 
 NVAE_TRAINING = {

@@ -33,6 +33,7 @@ class Elbo(nn.Module):
         balanced: Balance the groups' KL while its weight is below 1 (`balancing.balance`).
         norms: Adds its penalty to the loss.
         mean: The mean over processes of what each of them found.
+        kl_weight: Factor on the KL in the loss; the figures are those of the ELBO whatever it is.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Elbo(nn.Module):
         balanced: bool = False,
         norms: NormPenalty | None = None,
         mean: Callable[[Tensor], Tensor] = Tensor.detach,
+        kl_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.vae, self.norms = vae, norms
-        self.balanced, self.mean = balanced, mean
+        self.balanced, self.mean, self.kl_weight = balanced, mean, kl_weight
 
     def forward(
         self,
@@ -55,12 +57,12 @@ class Elbo(nn.Module):
         norm_weight: float = 0.0,
         iterations: int = LATER_ITERATIONS,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss -E[log p(x|z)] + beta KL in nats per image, and its parts.
+        """The loss -E[log p(x|z)] + kl_weight beta KL in nats per image, and its parts.
 
         Args:
             images: (n, c, h, w) in [0, 1].
             generator: Source of the posterior's draws.
-            beta: Weight of the KL.
+            beta: How much of the KL's weight it has by now.
             norm_weight: Weight of the penalty on norms.
             iterations: Power iterations for that.
         """
@@ -89,7 +91,7 @@ class Elbo(nn.Module):
                 each = torch.stack([kl.mean() for kl in kls])  # (K,)
                 size = self.mean(torch.stack([kl.detach().abs().mean() for kl in kls]))
                 weighed = (balance(size, scale_weights(shapes)) * each).sum()
-            loss = beta * weighed - log_likelihood
+            loss = self.kl_weight * beta * weighed - log_likelihood
             figures = {"elbo": log_likelihood - kl, "kl": kl}
             if self.norms is not None and norm_weight:
                 figures["norm_penalty"] = norm_weight * self.norms(self.vae, iterations)
@@ -130,7 +132,7 @@ def _full(density: Any) -> Any:
     return dataclasses.replace(density, **full) if changed else density
 
 
-def kl_weight(step: int, *, start: float, length: float) -> float:
+def kl_ramp(step: int, *, start: float, length: float) -> float:
     """beta of a step (counted from 0): 0 or next to it up to step `start`, then rising to 1.
 
     Reference: the published program of NVAE, whose steps begin at 0 where ours end at 1.
@@ -160,6 +162,7 @@ class _VAEJob:
         balanced: bool = False,
         norm_penalty: float = 0.0,
         norm_penalty_initial: float | None = None,
+        kl_weight: float = 1.0,
         seed: int,
         device: torch.device,
         fabric: Any = None,
@@ -168,7 +171,9 @@ class _VAEJob:
         if norm_penalty:
             norms = NormPenalty(vae, generator=stream(seed, "power iteration"))
         self.fabric = fabric
-        self.module = Elbo(vae, balanced=balanced, norms=norms, mean=self._mean)
+        self.module = Elbo(
+            vae, balanced=balanced, norms=norms, mean=self._mean, kl_weight=kl_weight
+        )
         self.data, self.validation, self.device, self.seed = data, validation, device, seed
         self.order = RowOrder(rows, batch_size, seed=seed)
         self.warmup_steps, self.start_steps = warmup_steps, start_steps
@@ -182,7 +187,7 @@ class _VAEJob:
         draws = stream(self.seed, "images", index) if self.data.redrawn else None
         rows = self.order(step).chunk(self.world)[self.rank]
         images = self.data.batch(rows, generator=draws).to(self.device)
-        beta = kl_weight(step, start=self.start_steps, length=self.warmup_steps)
+        beta = kl_ramp(step, start=self.start_steps, length=self.warmup_steps)
         if not self.norm_penalty:
             return model(images, generator, beta)
         initial = self.norm_penalty_initial or self.norm_penalty
@@ -235,6 +240,7 @@ def train_vae(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     warmup: int = 0,
+    kl_weight: float = 1.0,
     kl_warmup: float = 0.2,
     kl_start: float = 0.0,
     kl_balance: bool = False,
@@ -275,7 +281,9 @@ def train_vae(
         eps: The optimiser's; NVAE's Adamax has 1e-3.
         weight_decay: Decoupled with "adamw"; added to the gradient (L2) with "adamax".
         warmup: Steps over which the learning rate rises.
-        kl_warmup: Share of the steps over which the weight beta of the KL rises to 1.
+        kl_weight: Weight of the KL in the loss. Below 1 posteriors become narrow and the hole in
+            the prior large; the ELBO that is reported is that of weight 1.
+        kl_warmup: Share of the steps over which a factor beta on that weight rises to 1.
         kl_start: Share of the steps before that, in which it is 1e-4.
         kl_balance: While beta is below 1, weigh the groups of latents as NVAE does, so that none is
             left unused.
@@ -311,6 +319,8 @@ def train_vae(
         raise ValueError(
             f"batch_size must be between 1 and the {len(rows)} training images, got {batch_size}"
         )
+    if not 0 <= kl_weight < math.inf:
+        raise ValueError(f"kl_weight must be finite and at least 0, got {kl_weight}")
     if not 0 <= kl_warmup <= 1:
         raise ValueError(f"kl_warmup is a share of the steps, between 0 and 1, got {kl_warmup}")
     if not 0 <= kl_start <= 1:
@@ -339,6 +349,7 @@ def train_vae(
         balanced=kl_balance,
         norm_penalty=norm_penalty,
         norm_penalty_initial=norm_penalty_initial,
+        kl_weight=kl_weight,
         seed=seed,
         device=fabric.device,
         fabric=fabric,
