@@ -148,3 +148,23 @@ def test_other_bad_options(images):
 def test_bad_images(bad, error, message):
     with pytest.raises(error, match=message):
         ImageDataset(bad)
+
+
+def test_labels(images):
+    labels = torch.arange(10)
+    assert ImageDataset(images, labels=labels).labels is labels
+    assert ImageDataset(images).labels is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.arange(9), ValueError, r"labels must have the shape \(10,\), got \(9,\)"),
+        (torch.arange(-1, 9), ValueError, "must not be negative, got -1"),
+        (torch.zeros(10), TypeError, "int64 tensor, got torch.float32"),
+        ([0] * 10, TypeError, "int64 tensor, got <class 'list'>"),
+    ],
+)
+def test_bad_labels(images, labels, error, message):
+    with pytest.raises(error, match=message):
+        ImageDataset(images, labels=labels)

@@ -12,3 +12,4 @@ def test_digits_are_those_of_scikit_learn():
     expected = np.round(load_digits().images * 255 / 16).astype(np.uint8)
     assert np.array_equal(data.images[:, 0].numpy(), expected)
     assert data.raw(torch.arange(1797)).max() == 1
+    assert np.array_equal(data.labels.numpy(), load_digits().target)

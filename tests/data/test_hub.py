@@ -43,7 +43,7 @@ def test_one_file(tmp_path, colours):
     path = write(tmp_path / "faces.parquet", colours)
     data, splits = load_data("hub", path)
     assert data.name == "faces" and [len(part) for part in splits] == [16, 2, 2]
-    assert np.array_equal(stored(data), colours)
+    assert np.array_equal(stored(data), colours) and data.labels.tolist() == list(range(20))
     mapped, _ = load_data("hub", path, memory_limit=10, cache=tmp_path / "cache")
     assert isinstance(mapped.images, np.memmap) and np.array_equal(stored(mapped), colours)
 
@@ -52,7 +52,14 @@ def test_column_of_plain_bytes(tmp_path, pixels):
     table = pa.table({"png": [encoded(picture) for picture in pixels]})
     parquet.write_table(table, tmp_path / "x.parquet")
     data, _ = load_data("hub", tmp_path / "x.parquet")
-    assert np.array_equal(data.images[:, 0].numpy(), pixels)
+    assert np.array_equal(data.images[:, 0].numpy(), pixels) and data.labels is None
+
+
+@pytest.mark.parametrize("labels", [[3, None] + [0] * 18, [-1] * 20, [0.5] * 20, ["a"] * 20])
+def test_columns_that_are_not_all_labels(tmp_path, colours, labels):
+    table = pa.table({"image": rows_of(colours), "label": labels})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert load_data("hub", tmp_path / "x.parquet")[0].labels is None
 
 
 def test_directory_keeps_its_parts(tmp_path, colours):
@@ -61,6 +68,7 @@ def test_directory_keeps_its_parts(tmp_path, colours):
     write(tmp_path / "d" / "train-00001-of-00002.parquet", colours[7:15])
     data, splits = load_data("hub", tmp_path / "d")
     assert np.array_equal(stored(data), colours)
+    assert data.labels.tolist() == [*range(7), *range(8), *range(5)]  # in the order of rows
     assert [part.tolist() for part in splits] == [
         list(range(13)),
         [13, 14],
@@ -166,20 +174,22 @@ class FakeTable:
 
     cache_files = ()
 
-    def __init__(self, rows, decode=True):
-        self.rows = rows
-        self.features = {"label": object(), "image": FakeImage(decode)}
+    def __init__(self, rows, decode=True, column="image"):
+        self.rows, self.column = rows, column
+        whole = types.SimpleNamespace(dtype="int64")
+        self.features = {"label": whole, "image": FakeImage(decode)}
 
     def __len__(self):
         return len(self.rows)
 
     def __iter__(self):
+        if self.column == "label":
+            return iter({"label": i % 3} for i in range(len(self.rows)))
         assert not self.features["image"].decode
         return iter({"image": row} for row in self.rows)
 
     def select_columns(self, columns):
-        assert columns == ["image"]
-        return self
+        return FakeTable(self.rows, self.features["image"].decode, *columns)
 
     def cast_column(self, column, kind):
         assert column == "image"
@@ -209,6 +219,7 @@ def test_name_on_the_hub(fake_hub, colours):
     data, splits = load_data("hub", "owner/name")
     assert data.name == "owner/name" and np.array_equal(stored(data), colours)
     assert torch.equal(splits.test, torch.arange(15, 20))
+    assert data.labels.tolist() == [*(i % 3 for i in range(15)), *(i % 3 for i in range(5))]
     only, _ = load_data("hub", "owner/name", split="train", image_size=3, channels=1)
     assert len(only) == 15 and only.image_shape == (1, 3, 3)
     with pytest.raises(ValueError, match="must be a column of images"):

@@ -101,3 +101,34 @@ def test_bad_files(tmp_path, content, message):
     (tmp_path / "bad").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_data("idx", tmp_path / "bad")
+
+
+def labels_idx(labels):
+    return struct.pack(">HBBI", 0, 8, 1, len(labels)) + bytes(labels)
+
+
+def test_labels_beside_the_images(mnist_like):
+    path, _ = mnist_like
+    train, test = [i % 10 for i in range(60)], [9, 8, 7, 6, 5, 4, 3]
+    (path / "train-labels-idx1-ubyte").write_bytes(labels_idx(train))
+    assert load_data("idx", path)[0].labels is None  # those of the test file are missing
+    (path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels_idx(test)))
+    data, _ = load_data("idx", path)
+    assert data.labels.dtype == torch.int64 and data.labels.tolist() == train + test
+    single, _ = load_data("idx", path / "train-images-idx3-ubyte.gz")
+    assert single.labels.tolist() == train
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (labels_idx([1] * 9), "label for each of 60 images; its header says 9, and it has 9"),
+        (labels_idx([1] * 60)[:-1], "its header says 60, and it has 59"),
+        (idx(GOOD), r"must hold uint8 labels \(magic 0 0 8 1\)"),
+    ],
+)
+def test_bad_labels(mnist_like, content, message):
+    path = mnist_like[0] / "train-images-idx3-ubyte.gz"
+    (mnist_like[0] / "train-labels-idx1-ubyte").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_data("idx", path)

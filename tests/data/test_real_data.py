@@ -22,6 +22,10 @@ def test_idx(real_data, name, mean, std):
     assert (len(data), data.image_shape) == (70_000, (1, 28, 28))
     assert torch.equal(splits.validation, torch.arange(50_000, 60_000))
     assert torch.equal(splits.test, torch.arange(60_000, 70_000))
+    each = torch.bincount(data.labels[splits.test])  # the labels of MNIST's test images are known
+    assert each.tolist() == (
+        [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009] if name == "mnist" else [1000] * 10
+    )
     train_file = torch.cat([splits.train, splits.validation])
     # The published numbers have four digits.
     assert mean_and_std(data, train_file) == pytest.approx((mean, std), abs=5e-5)
@@ -41,6 +45,7 @@ def test_cifar10_shard(real_data):
     data, splits = load_data("hub", real_data("cifar10/test-00000-of-00001.parquet"))
     assert (len(data), data.image_shape) == (10_000, (3, 32, 32))
     assert [len(part) for part in splits] == [8000, 1000, 1000]
+    assert torch.bincount(data.labels).tolist() == [1000] * 10
     # The 10,000 test images are a sample like the training images, whose means are given: their
     # standard deviations between images are below 0.16, so 5 standard errors are 0.008 each,
     # beside a hundredth of that for the 50,000.

@@ -29,6 +29,7 @@ class ImageDataset:
         self,
         images: Images,
         *,
+        labels: Tensor | None = None,
         name: str = "images",
         binarize: Binarize = None,
         flip: bool = False,
@@ -38,6 +39,7 @@ class ImageDataset:
         Args:
             images: (n, c, h, w), uint8 (0 to 255) or float32 in [0, 1]: a CPU tensor, or a numpy
                 memmap if too large for memory.
+            labels: The class of each image, int64 (n,), from 0 up; None where it is not known.
             name: What to call the data in reports and errors.
             binarize: None keeps the grey values. "dynamic" draws each pixel as 0 or 1 with its
                 grey value as the probability of 1, anew at every call of `batch`. An int draws
@@ -47,13 +49,17 @@ class ImageDataset:
 
         Raises:
             TypeError: images or an option of the wrong type.
-            ValueError: images of the wrong shape, none at all, or floats outside [0, 1].
+            ValueError: images of the wrong shape, none at all, or floats outside [0, 1]; labels
+                that are not one for each image, or negative.
         """
         check_binarize(binarize)
         if not isinstance(flip, bool):
             raise TypeError(f"flip must be True or False, got {flip!r}")
         _check_images(images)
+        if labels is not None:
+            _check_labels(labels, len(images))
         self.images = images
+        self.labels = labels
         self.name = name
         self.binarize = binarize
         self.flip = flip
@@ -180,6 +186,17 @@ def _check_generator(generator: Generator | None) -> None:
         )
     if generator.device.type != "cpu":
         raise ValueError(f"generator must live on the CPU, got one on {generator.device}")
+
+
+def _check_labels(labels: Tensor, n: int) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(
+            f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels))}"
+        )
+    if labels.shape != (n,):
+        raise ValueError(f"labels must have the shape ({n},), got {tuple(labels.shape)}")
+    if labels.min() < 0:
+        raise ValueError(f"labels must not be negative, got {int(labels.min())}")
 
 
 def _check_images(images: Images) -> None:

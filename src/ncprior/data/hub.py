@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from .dataset import Images
 from .pictures import Picture, Size, check_picture_options, read_pictures
 from .source import Source, signature
@@ -23,6 +26,7 @@ _PARTS = {
     "test": "test",
 }
 _NAMES = ("image", "img")  # of a column, where the types leave a choice
+_LABELS = ("label", "labels")  # of a column of whole numbers
 _ROWS = 256  # read at a time: one encoded picture may be a megabyte
 
 
@@ -33,6 +37,7 @@ class _Table(NamedTuple):
     parts: dict[str, int]
     pictures: Callable[[], Iterator[Picture]]
     signature: dict[str, object]
+    labels: Callable[[], Tensor | None]
 
 
 def open_hub(
@@ -49,7 +54,8 @@ def open_hub(
     """Look at a data set of the Hugging Face hub, or at parquet files laid out like one.
 
     Without `split`, the parts that the data set comes with (train, validation, test) are kept.
-    With it, only that part is read, and split at random.
+    With it, only that part is read, and split at random. A column of whole numbers named label or
+    labels holds the labels.
 
     Args:
         path: A parquet file, a directory of them (parts are told by names such as
@@ -87,7 +93,7 @@ def open_hub(
             cache=cache,
         )
 
-    return Source(table.name, table.parts, read)
+    return Source(table.name, table.parts, read, labels=table.labels)
 
 
 def _local(path: Path, column: str | None, split: str | None) -> _Table:
@@ -119,6 +125,7 @@ def _local(path: Path, column: str | None, split: str | None) -> _Table:
         {part: count for part, count in parts.items() if count},
         pictures,
         signature(files),
+        lambda: _labels_of([file for file in files if counts[file]]),
     )
 
 
@@ -200,6 +207,28 @@ def _pictures_of(file: Path, column: str) -> Iterator[Picture]:
                 row += 1
 
 
+def _labels_of(files: Sequence[Path]) -> Tensor | None:
+    """The labels in parquet files; None where a file has none, or a row lacks its own."""
+    import pyarrow
+
+    found: list[int | None] = []
+    for file in files:
+        with _parquet().ParquetFile(file) as reader:
+            schema = reader.schema_arrow
+            whole = [name for name in _LABELS if name in schema.names]
+            whole = [name for name in whole if pyarrow.types.is_integer(schema.field(name).type)]
+            if not whole:
+                return None
+            found += reader.read(columns=whole[:1]).column(0).to_pylist()
+    return _known(found)
+
+
+def _known(labels: list[int | None]) -> Tensor | None:
+    """Labels as a tensor, unless some are missing, which the hub writes as null or -1."""
+    known = [label for label in labels if label is not None and label >= 0]
+    return torch.tensor(known) if len(known) == len(labels) else None
+
+
 def _picture(value: Any, label: str) -> Picture:
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None:
@@ -230,6 +259,8 @@ def _remote(name: str, column: str | None, split: str | None) -> _Table:
         column = _only(likely, list(features), name)
     elif not isinstance(features.get(column), datasets.Image):
         raise ValueError(f"column must be a column of images of {name}, got {column!r}")
+    of_labels = [key for key in _LABELS if getattr(features.get(key), "dtype", "") == "int64"]
+    labelled = [table.select_columns(of_labels[:1]) for table in tables.values() if of_labels]
     tables = {
         part: table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         for part, table in tables.items()
@@ -250,6 +281,7 @@ def _remote(name: str, column: str | None, split: str | None) -> _Table:
         {part: len(table) for part, table in tables.items() if len(table)},
         pictures,
         {"hub": name, "split": split, **signature(files)},
+        lambda: _known([row[of_labels[0]] for table in labelled for row in table] or [None]),
     )
 
 

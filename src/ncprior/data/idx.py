@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .dataset import Images
 from .source import Source, signature
@@ -33,7 +35,8 @@ def open_idx(path: Path, *, memory_limit: int = MEMORY_LIMIT, cache: str | None 
     """Look at grey images in one idx file, or in the train and t10k files of a directory.
 
     With both files, those of t10k are for test and the last sixth of those of train for
-    validation, which is 50,000 / 10,000 / 10,000 for MNIST.
+    validation, which is 50,000 / 10,000 / 10,000 for MNIST. Labels are read where every file of
+    images has one beside it whose name says labels-idx1 for images-idx3.
 
     Args:
         path: A file, or a directory with train-images-idx3-ubyte and t10k-images-idx3-ubyte, each
@@ -54,8 +57,16 @@ def open_idx(path: Path, *, memory_limit: int = MEMORY_LIMIT, cache: str | None 
     def read() -> Images:
         return _read(list(files.values()), path.name, memory_limit, cache)
 
+    def labels() -> Tensor | None:
+        beside = [_beside(file.path) for file in files.values()]
+        found = zip(beside, files.values(), strict=True)
+        if not all(beside):
+            return None
+        return torch.cat([_read_labels(path, file.number) for path, file in found if path])
+
     parts = {part: file.number for part, file in files.items()}
-    return Source(path.name, parts, read, validation=1 / 6 if len(parts) > 1 else 0.1)
+    validation = 1 / 6 if len(parts) > 1 else 0.1
+    return Source(path.name, parts, read, validation=validation, labels=labels)
 
 
 def _find(path: Path) -> dict[str, Path]:
@@ -135,6 +146,29 @@ def _read_into(images: np.ndarray, path: Path) -> None:
             f"path: {path} must hold {math.prod(images.shape):,} bytes of pixels, as its header "
             f"says, but has {'more' if surplus else f'only {done:,}'}"
         )
+
+
+def _beside(images: Path) -> Path | None:
+    """The file of the labels of a file of images, compressed or not, if there is one."""
+    plain = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    places = [images.with_name(plain + end) for end in ("", ".gz")]
+    return next((place for place in places if place.is_file() and place.name != images.name), None)
+
+
+def _read_labels(path: Path, count: int) -> Tensor:
+    with _opened(path) as (stream, _):
+        content = stream.read()
+    if content[:4] != b"\0\0\x08\x01" or len(content) < 8:
+        raise ValueError(
+            f"path: {path} must hold uint8 labels (magic 0 0 8 1), it begins with {content[:4]!r}"
+        )
+    said, held = int.from_bytes(content[4:8], "big"), len(content) - 8
+    if (said, held) != (count, count):
+        raise ValueError(
+            f"path: {path} must hold a label for each of {count} images; its header says {said}, "
+            f"and it has {held}"
+        )
+    return torch.tensor(list(content[8:]))
 
 
 @contextmanager

@@ -108,7 +108,11 @@ def load_data(
     place = _place(source, path, "path" in taken)
     opened = opener(*place, **arguments)
     splits = _splits(opened, source, validation, test, seed)  # before reading: it may take long
-    return ImageDataset(opened.read(), name=opened.name, binarize=binarize, flip=flip), splits
+    labels = opened.labels() if opened.labels else None
+    data = ImageDataset(
+        opened.read(), labels=labels, name=opened.name, binarize=binarize, flip=flip
+    )
+    return data, splits
 
 
 def _opener(source: str) -> Callable[..., Source]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from .dataset import Images
 
 
@@ -15,7 +17,8 @@ class Source(NamedTuple):
 
     `parts` holds the number of images of each part, in order of rows. A source that comes with
     a split of its own has the keys "train" and "test" and perhaps "validation"; any other has one
-    key. `validation` and `test` are the amounts (count or fraction) to set aside where the source
+    key. `labels`, where the source has them, reads the class of each image, int64 (n,).
+    `validation` and `test` are the amounts (count or fraction) to set aside where the source
     does not say.
     """
 
@@ -24,6 +27,7 @@ class Source(NamedTuple):
     read: Callable[[], Images]
     validation: float = 0.1
     test: float = 0.1
+    labels: Callable[[], Tensor | None] | None = None
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
