@@ -10,10 +10,11 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "ncprior"
 
 RANKS = {
-    0: {"walk", "normal", "numerics", "storage", "figures", "groups"},
+    0: {"walk", "normal", "numerics", "storage", "figures", "groups", "tail"},
     1: {"ratios", "samplers", "vaes", "metrics", "data", "priors"},
     2: {"training", "recipes", "runs", "shares", "adapters"},
     3: {"readjustment", "generation", "evaluation", "diagnosis"}
+    | {"nll_figures"}
     | {"group_samples", "group_figures", "group_findings"},
     4: {"pipeline", "report", "app"},
     5: {"cli", "__main__"},
@@ -24,7 +25,8 @@ RANK_OF = {part: rank for rank, parts in RANKS.items() for part in parts}
 ONLY = {
     "figures": set(),
     "groups": set(),
-    "numerics": set(),
+    "numerics": {"tail"},
+    "tail": set(),
     "storage": set(),
     "normal": set(),
     "walk": {"normal"},

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from ncprior.tail import pareto_k
+
 
 class Estimate(NamedTuple):
     """A figure with its standard error."""
@@ -23,6 +25,7 @@ class LogZ(NamedTuple):
     se: float  # standard error of `value`, by the delta method
     ess: float  # effective number of draws behind it
     num: int  # draws
+    k_hat: float | None = None  # Pareto shape of the weights' tail (`ncprior.tail`)
 
 
 def log_mean_exp(log_values: Tensor, dim: int = -1) -> Tensor:
@@ -48,7 +51,8 @@ def log_z(log_ratio: Tensor) -> LogZ:
     if values.isnan().any() or not values.amax().isfinite():
         raise ValueError("log_ratio has NaN, +inf or only -inf; its network is not usable")
     ess = float(effective_sample_size(values))
-    return LogZ(float(log_mean_exp(values)), math.sqrt(max(1 / ess - 1 / num, 0.0)), ess, num)
+    se = math.sqrt(max(1 / ess - 1 / num, 0.0))
+    return LogZ(float(log_mean_exp(values)), se, ess, num, pareto_k(values))
 
 
 def mean_and_se(values: Tensor) -> Estimate:

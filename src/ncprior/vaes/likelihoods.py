@@ -31,6 +31,15 @@ class BernoulliEmission:
         )
         return -cross_entropy.flatten(1).sum(1)
 
+    def log_prob_of_copies(self, images: Tensor) -> Tensor:
+        """log_prob for j images, each of which every j-th row of the logits is for, (n / j, j).
+
+        With logits l it is the sum of x l - softplus(l); no copy of the images is made.
+        """
+        logits = self.logits.flatten(1).unflatten(0, (-1, len(images)))  # (copies, j, pixels)
+        on = (logits * images.flatten(1)).sum(-1)
+        return on - F.softplus(logits).sum(-1)
+
     def sample(self, *, generator: Generator | None = None) -> Tensor:
         uniform = torch.rand(self.logits.shape, generator=generator, device=self.logits.device)
         return (uniform < self.mean).to(self.logits.dtype)
