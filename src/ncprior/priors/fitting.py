@@ -1,12 +1,15 @@
 """The one loop in which networks over codes are fitted."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ncprior.numerics import stream
+from ncprior.numerics import stream, stream_seed
+from ncprior.priors.codes import Codes
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the step and its figures whenever the held-out loss was measured."""
@@ -106,6 +109,54 @@ def descend(
     _put(own, best_weights)
     module.eval()
     return history
+
+
+@contextmanager
+def first_weights(seed: int) -> Iterator[None]:
+    """Modules that are made within have weights that the seed decides; global draws go on."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(stream_seed(seed, "prior weights"))
+        yield
+
+
+def maximise_likelihood(
+    prior: Any,
+    codes: Codes,
+    *,
+    batch_size: int,
+    heldout: float,
+    seed: int,
+    report: Report = ignore,
+    **descent: Any,
+) -> Any:
+    """Fit a `LatentPrior` with `log_prob` to q(z), and return it frozen.
+
+    Args:
+        prior: With fresh weights; it is standardised and moved to the codes' device and dtype here.
+        codes: What the frozen encoder says.
+        batch_size: Draws of q(z) a step.
+        heldout: Share of the images on which the best weights are chosen.
+        seed: Decides the split, the batches and the noise.
+        report: See `descend`.
+        **descent: Other arguments of `descend`.
+    """
+    rest, held = codes.checked().split(heldout, seed=seed)
+    prior.to(codes.loc).standardize(rest)
+    draws = held.each(generator=stream(seed, "held-out draws", device=codes.loc.device))
+
+    def heldout_loss() -> float:
+        total = sum(float(prior.log_prob(part).sum()) for part in draws.split(4096))
+        return -total / len(draws)
+
+    descend(
+        prior,
+        lambda generator: -prior.log_prob(rest.draw(batch_size, generator=generator)).mean(),
+        heldout_loss,
+        seed=seed,
+        report=report,
+        **descent,
+    )
+    return prior.requires_grad_(False)
 
 
 def _check_finite(value: float, step: int, name: str) -> None:

@@ -123,11 +123,9 @@ class GaussianMixture(nn.Module):
         self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None
     ) -> Tensor:
         """Draws (*sample_shape, d)."""
-        num, (components, size) = math.prod(sample_shape), self.means.shape
+        num, size = math.prod(sample_shape), self.means.shape[1]
         options: Any = {"device": self.means.device, "dtype": self.means.dtype}
-        edges = self.log_weights.exp().cumsum(0)
-        uniform = torch.rand(num, generator=generator, device=self.means.device) * edges[-1]
-        picks = torch.searchsorted(edges, uniform.to(edges.dtype)).clamp_max(components - 1)
+        picks = pick_components(self.log_weights, num, generator)
         noise = torch.randn((num, size), generator=generator, **options)
         draws = torch.empty((num, size), **options)
         for j in picks.unique().tolist():
@@ -142,3 +140,10 @@ class GaussianMixture(nn.Module):
         other = GaussianMixture(*self.means.shape).to(self.means)
         other.set(self.log_weights, self.means, self.cholesky * temperature)
         return other
+
+
+def pick_components(log_weights: Tensor, num: int, generator: Generator | None) -> Tensor:
+    """Indices (num,) of components, drawn by their weights exp(log_weights) (m,)."""
+    edges = log_weights.exp().cumsum(0)
+    uniform = torch.rand(num, generator=generator, device=edges.device) * edges[-1]
+    return torch.searchsorted(edges, uniform.to(edges.dtype)).clamp_max(len(edges) - 1)

@@ -7,7 +7,16 @@ from torch import nn
 
 from ncprior.normal import StandardNormal
 from ncprior.numerics import LogZ
+from ncprior.priors.autoregressive import AutoregressivePrior
+from ncprior.priors.diffusion import DiffusionPrior
+from ncprior.priors.energy import EnergyPrior
+from ncprior.priors.fitting import first_weights
+from ncprior.priors.flow import FlowPrior
+from ncprior.priors.lars import LARSPrior
 from ncprior.priors.mixture import GaussianMixture
+from ncprior.priors.snis import SNISPrior
+from ncprior.priors.two_stage import TwoStagePrior
+from ncprior.priors.vamp import VampPrior
 from ncprior.ratios import NETWORKS, UnitRatio
 from ncprior.storage import load_tensors, restore, save_tensors
 
@@ -16,6 +25,14 @@ DENSITY_FORMAT = 1
 BASES: dict[str, Any] = {
     "gaussian": StandardNormal,
     "mixture": GaussianMixture,
+    "vamp": VampPrior,
+    "flow": FlowPrior,
+    "autoregressive": AutoregressivePrior,
+    "two-stage": TwoStagePrior,
+    "diffusion": DiffusionPrior,
+    "lars": LARSPrior,
+    "snis": SNISPrior,
+    "ebm": EnergyPrior,
 }
 
 
@@ -81,7 +98,8 @@ def load_density(directory: str | Path) -> Any:
             f"{directory}/config.json is not of format {DENSITY_FORMAT}; fit the prior anew"
         )
     try:
-        prior = BASES[config.pop("kind")](**config)
+        with first_weights(0):  # thrown away
+            prior = BASES[config.pop("kind")](**config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{directory}/config.json is not one that this version reads "
@@ -98,7 +116,8 @@ def _from_config(cls: type, config: dict[str, Any]) -> Any:
         ratios.append(UnitRatio() if name == "unit" else NETWORKS[name](**options))
     base = None
     if config["base"] is not None:
-        base = BASES[config["base"].pop("kind")](**config["base"])
+        with first_weights(0):  # thrown away
+            base = BASES[config["base"].pop("kind")](**config["base"])
     log_z = None if config["log_z"] is None else LogZ(**config["log_z"])
     prior = cls(ratios, base, log_z=log_z)
     prior.record = config["record"]
