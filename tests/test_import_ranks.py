@@ -14,7 +14,8 @@ RANKS = {
     1: {"ratios", "samplers", "vaes", "metrics", "data", "priors"},
     2: {"training", "recipes", "runs", "shares", "adapters"},
     3: {"readjustment", "generation", "evaluation", "diagnosis"}
-    | {"nll_figures"}
+    | {"quality_figures", "feature_training"}
+    | {"nll_figures", "nll_words"}
     | {"group_samples", "group_figures", "group_findings"},
     4: {"pipeline", "report", "app"},
     5: {"cli", "__main__"},

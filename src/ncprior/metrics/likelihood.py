@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ncprior.metrics.weights import Weights, WeightSums
+from ncprior.metrics.importance import Weights, WeightSums
 from ncprior.walk import Group, device_of, from_prior, walk
 
 CACHED_NUMBERS = 1 << 18
@@ -169,7 +169,13 @@ def _log_likelihood(emission: Any, images: Tensor, copies: int) -> Tensor:
 
 @torch.no_grad()
 def base_log_ratios(
-    vae: Any, prior: Any, num: int, *, generator: Generator, rows_at_once: int = 8192
+    vae: Any,
+    prior: Any,
+    num: int,
+    *,
+    generator: Generator,
+    rows_at_once: int = 8192,
+    on_draws: Callable[[int], None] | None = None,
 ) -> Tensor:
     """log r = sum_k log r_k in nats at `num` draws of the base prior, (num,); for the global log Z.
 
@@ -179,6 +185,7 @@ def base_log_ratios(
         num: Number of draws.
         generator: Source of the draws.
         rows_at_once: Draws held at a time.
+        on_draws: Told the number of draws done, for a progress bar.
 
     Reference: section 4.4 of Aneja et al. (NeurIPS 2021): the density normalised as a whole.
     """
@@ -193,4 +200,6 @@ def base_log_ratios(
 
         walk(vae, choose, min(rows_at_once, num - first))
         pieces.append(torch.stack(total).sum(0))
+        if on_draws is not None:
+            on_draws(min(first + rows_at_once, num))
     return torch.cat(pieces)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ncprior.metrics.weights import WeightSums
+from ncprior.metrics.importance import WeightSums
 from ncprior.numerics import log_z
 
 
