@@ -127,21 +127,22 @@ class DiffusionPrior(LatentPrior):
         With `probes` it is unbiased and random, the same whenever it is asked for; its error is
         that of `estimate_log_prob`. Slow: it solves the equation for each z.
         """
-        generator = stream(0, "divergence probes", device=self.loc.device)
-        return self.estimate_log_prob(value, generator=generator).value
+        return self.estimate_log_prob(value).value
 
     def estimate_log_prob(
-        self, value: Tensor, *, generator: Generator, probes: int | None = None
+        self, value: Tensor, *, generator: Generator | None = None, probes: int | None = None
     ) -> LogProbEstimate:
         """The log-density in nats of z (..., d) and the standard error that its probes leave.
 
         Args:
             value: z (..., d).
-            generator: Source of the probes.
+            generator: Source of the probes; by default they are the same each time.
             probes: Hutchinson's probes for each z; 0 for the exact divergence; as the prior was
                 made by default. One probe has an unknown error, NaN.
         """
         probes = self.probes if probes is None else probes
+        if probes and generator is None:
+            generator = stream(0, "divergence probes", device=self.loc.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and value.requires_grad):
             x = self.inner(value.reshape(-1, self.latent_size))
             found = [self._log_prob(part, probes, generator) for part in x.split(ROWS_AT_ONCE)]
@@ -224,7 +225,7 @@ class DiffusionPrior(LatentPrior):
             report=report,
             average=average,
         )
-        return prior
+        return prior.requires_grad_(False)
 
     def _grid(self) -> Tensor:
         """Angles from data (0) to noise (pi/2), (solver_steps + 1,)."""
@@ -239,7 +240,9 @@ class DiffusionPrior(LatentPrior):
             x = x + 0.5 * (b - a) * (first + second)
         return x
 
-    def _log_prob(self, x: Tensor, probes: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    def _log_prob(
+        self, x: Tensor, probes: int, generator: Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """Log-density (n,) of whitened codes (n, d) and its standard error."""
         n, d = x.shape
         if probes:

@@ -169,7 +169,7 @@ class EnergyPrior(TiltedNormal):
             report=report,
             average=average,
         )
-        return prior
+        return prior.requires_grad_(False)
 
     def _short_run(self, num: int, generator: Generator | None) -> Tensor:
         """Ends of runs in the inner coordinate, (num, d)."""

@@ -233,6 +233,7 @@ class LARSPrior(TiltedNormal):
             seed=seed,
             report=report,
         )
+        prior.requires_grad_(False)
         return prior.estimate_acceptance(
             acceptance_draws, generator=stream(seed, "Z", device=device)
         )

@@ -165,7 +165,7 @@ class SNISPrior(TiltedNormal):
             seed=seed,
             report=report,
         )
-        return prior
+        return prior.requires_grad_(False)
 
 
 class BoundedRows(Repeated):
