@@ -13,7 +13,7 @@ RANKS = {
     0: {"walk", "normal", "numerics", "storage", "figures", "groups", "tail"},
     1: {"ratios", "samplers", "vaes", "metrics", "data", "priors"},
     2: {"training", "recipes", "runs", "shares", "adapters"},
-    3: {"readjustment", "generation", "evaluation", "diagnosis"}
+    3: {"readjustment", "generation", "evaluation", "diagnosis", "sources", "comparison"}
     | {"quality_figures", "feature_training"}
     | {"nll_figures", "nll_words"}
     | {"group_samples", "group_figures", "group_findings"},

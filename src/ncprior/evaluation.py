@@ -7,100 +7,25 @@ import torch
 from torch import Tensor
 
 from ncprior.data import ImageDataset, Splits, as_data
-from ncprior.figures import Figure, Figures
+from ncprior.figures import Figures
 from ncprior.generation import Draws, draw
-from ncprior.metrics import (
-    Features,
-    base_log_ratios,
-    default_features,
-    frechet_distance,
-    importance_weighted_bounds,
-    moment_blocks,
-)
-from ncprior.numerics import jackknife, log_z, mean_and_se, stream
+from ncprior.metrics import Features
+from ncprior.nll_figures import nll_figures
+from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
-from ncprior.training.progress import progress_bar
-from ncprior.walk import device_of, evaluating
+from ncprior.quality_figures import frechet_figures, gap_closed
+
+__all__ = [
+    "draw_each",
+    "evaluate",
+    "frechet_figures",
+    "gap_closed",
+    "nll_figures",
+    "training_images",
+]
 
 RECONSTRUCTED_IMAGES = 20_000
-HIERARCHICAL_ROWS = 500  # at a time through a decoder of many layers
 RECONSTRUCTED_NUMBERS = 1 << 26  # pixels times channels held for them
-
-
-def nll_figures(
-    vae: Any,
-    data: ImageDataset,
-    splits: Splits,
-    prior: NoiseContrastivePrior | None = None,
-    *,
-    images: int = 1000,
-    importance_samples: int = 200,
-    log_z_draws: int = 2_000_000,
-    seed: int = 0,
-    progress: bool = False,
-) -> Figures:
-    """NLL of the first test images under the base prior and, from the same draws, under the NCP.
-
-    Args:
-        vae: The VAE.
-        data: Its images; binarised dynamically, each test image is drawn once, by `seed`.
-        splits: Which of them are for test.
-        prior: A noise contrastive prior.
-        images: Number of test images.
-        importance_samples: Posterior draws per image; the NLL, an upper bound, falls with them.
-        log_z_draws: Base draws for log Z, whose error enters that of the NCP's NLL.
-        seed: Seed of the draws.
-        progress: Show progress bars.
-
-    Raises:
-        ValueError: a count below 2.
-    """
-    if images < 2 or importance_samples < 1 or log_z_draws < 2:
-        raise ValueError(
-            "images and log_z_draws must be at least 2 and importance_samples at least 1, "
-            f"got {images=}, {log_z_draws=}, {importance_samples=}"
-        )
-    if prior is not None:
-        vae = prior.under(vae)
-    device = device_of(vae)
-    rows = splits.test[:images]
-    pixels = stream(seed, "nll images") if data.redrawn else None
-    generator = stream(seed, "nll", device=device)
-    base, ncp = [], []
-    with evaluating(vae), progress_bar("likelihood", len(rows), shown=progress) as bar:
-        for part in rows.split(50):
-            x = data.batch(part, generator=pixels).to(device)
-            found = importance_weighted_bounds(
-                vae,
-                x,
-                importance_samples,
-                prior=prior,
-                generator=generator,
-                rows_at_once=10_000 if vae.num_groups == 1 else HIERARCHICAL_ROWS,
-            )
-            base.append(found.base)
-            if found.unnormalized_ncp is not None:
-                ncp.append(found.unnormalized_ncp)
-            bar(min(len(base) * 50, len(rows)))
-    nll = -torch.cat(base)
-    note = f"{importance_samples} importance samples"
-    score = mean_and_se(nll)
-    figures = {"nll_base": Figure(score.value, "nats", len(rows), seed, score.se, note=note)}
-    if prior is None:
-        return figures
-    with evaluating(vae):
-        of_base = stream(seed, "nll log z", device=device)
-        rows_at_once = 8192 if vae.num_groups == 1 else HIERARCHICAL_ROWS
-        z = log_z(
-            base_log_ratios(vae, prior, log_z_draws, generator=of_base, rows_at_once=rows_at_once)
-        )
-    figures["nll_log_z"] = Figure(z.value, "nats", z.num, seed, z.se, note=f"ESS {z.ess:.0f}")
-    nll_ncp = -torch.cat(ncp) + z.value
-    for name, values in (("nll_ncp", nll_ncp), ("nll_gain", nll - nll_ncp)):
-        score = mean_and_se(values)
-        se = (score.se**2 + z.se**2) ** 0.5
-        figures[name] = Figure(score.value, "nats", len(rows), seed, se, note=note)
-    return figures
 
 
 def evaluate(
@@ -183,33 +108,3 @@ def draw_each(
             vae, None, samples, images=training_images(data, splits, seed), seed=seed, **options
         ),
     }
-
-
-def frechet_figures(
-    draws: dict[str, Draws],
-    data: ImageDataset,
-    splits: Splits,
-    features: Features | None = None,
-    seed: int = 0,
-) -> Figures:
-    """Distances of base, ncp and reconstruction to the test images, and the gap closed."""
-    space = features or default_features(data.raw(splits.train[:RECONSTRUCTED_IMAGES]))
-    reference = data.raw(splits.test)
-    against = moment_blocks(space(reference))
-    blocks = {name: moment_blocks(space(found.images)) for name, found in draws.items()}
-    unit, samples = f"squared, {space.name}", len(draws["base"].images)
-    figures: Figures = {}
-    for name in ("base", "ncp", "reconstruction"):
-        found = jackknife(frechet_distance, blocks[name], against)
-        note = f"{samples} images against {len(reference)} test images"
-        figures[f"fd_{name}"] = Figure(found.value, unit, samples, seed, found.se, note=note)
-    closed = jackknife(gap_closed, *(blocks[n] for n in ("base", "ncp", "reconstruction")), against)
-    note = "(FD base - FD ncp) / (FD base - FD reconstruction)"
-    figures["gap_closed"] = Figure(closed.value, "share", samples, seed, closed.se, note=note)
-    return figures
-
-
-def gap_closed(base: Any, ncp: Any, reconstruction: Any, reference: Any) -> float:
-    """(FD_base - FD_ncp) / (FD_base - FD_reconstruction) from blocks of moments."""
-    at = [frechet_distance(blocks, reference) for blocks in (base, ncp, reconstruction)]
-    return (at[0] - at[1]) / (at[0] - at[2])

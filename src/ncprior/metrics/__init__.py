@@ -1,21 +1,32 @@
 """Measures: pure functions of arrays."""
 
-from ncprior.metrics.features import Features, default_features, pca, pixels
-from ncprior.metrics.frechet import frechet_distance, moment_blocks
-from ncprior.metrics.kernel import mean_of_terms, median_bandwidth, mmd, mmd_terms
+from ncprior.metrics.features import Features, default_features, load_features, pca, pixels
+from ncprior.metrics.frechet import Frechet, frechet, frechet_distance, moment_blocks
+from ncprior.metrics.kernel import kid, mean_of_terms, median_bandwidth, mmd, mmd_terms
 from ncprior.metrics.likelihood import base_log_ratios, importance_weighted_bounds
+from ncprior.metrics.modes import compare_modes
+from ncprior.metrics.neighbours import memorised, nearest
+from ncprior.metrics.precision_recall import precision_recall
 
 __all__ = [
     "Features",
+    "Frechet",
     "base_log_ratios",
+    "compare_modes",
     "default_features",
+    "frechet",
     "frechet_distance",
     "importance_weighted_bounds",
+    "kid",
+    "load_features",
     "mean_of_terms",
     "median_bandwidth",
+    "memorised",
     "mmd",
     "mmd_terms",
     "moment_blocks",
+    "nearest",
     "pca",
     "pixels",
+    "precision_recall",
 ]

@@ -1,11 +1,12 @@
-"""Maximum mean discrepancy between two sets of features, unbiased, with its jackknife error."""
+"""Maximum mean discrepancies between two sets of features, unbiased, with their errors."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from ncprior.numerics import Estimate
+from ncprior.metrics.features import check_features
+from ncprior.numerics import Estimate, mean_and_se
 
 NUMBERS_AT_ONCE = 1 << 21  # of a kernel matrix, 16 MiB; about six are held
 ROWS_FOR_MEDIAN = 1000
@@ -63,6 +64,77 @@ def mmd_terms(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
         total[torch.arange(len(rows), device=x.device), rows] = 0
         found.append(total.sum(1) / (n - 1))
     return torch.cat(found)
+
+
+def kid(x: Tensor, y: Tensor, *, block_rows: int | None = None) -> Estimate:
+    """Kernel distance: unbiased MMD^2 under the kernel (a.b / f + 1)^3, in units of its own.
+
+    Rows of x and y are all independent. An unbiased estimate of 0 is negative half of the time.
+
+    Args:
+        x: Features (n, f).
+        y: Features (m, f).
+        block_rows: None for the U-statistic of all rows, whose jackknife error is too large where
+            both laws are equal, so that a test by it alarms too rarely. With a number, the sets are
+            dealt into disjoint blocks of about so many rows: the value is the mean over blocks, and
+            the error, from their spread, is right for equal laws too. It costs that much less, and
+            where laws are equal the value scatters more.
+
+    Returns:
+        The distance with its standard error.
+
+    Raises:
+        ValueError: fewer than 3 rows, unequal width, rows that are all the same or not finite, or
+            fewer than 2 blocks.
+
+    Reference: Binkowski et al. (ICLR 2018), section 4, Eq. 4; Zaremba et al. (NeurIPS 2013) for
+    disjoint blocks.
+    """
+    check_features(x, "x")
+    check_features(y, "y")
+    if x.shape[1] != y.shape[1] or min(len(x), len(y)) < 3:
+        raise ValueError(
+            "x and y must be (n, f) and (m, f) with n and m of at least 3, "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    x, y = x.double(), y.double()
+    if block_rows is None:
+        return _kid(x, y)
+    count = min(len(x), len(y)) // max(1, block_rows)
+    if block_rows < 3 or count < 2:
+        raise ValueError(
+            f"block_rows must be at least 3 and leave 2 blocks of {min(len(x), len(y))} rows, got "
+            f"{block_rows}"
+        )
+    found = [_kid(x[i::count], y[i::count]).value for i in range(count)]
+    return mean_and_se(torch.tensor(found, dtype=torch.float64))
+
+
+def _kid(x: Tensor, y: Tensor) -> Estimate:
+    n, m = len(x), len(y)
+    within_x, within_y = _row_sums(x), _row_sums(y)  # without the diagonal
+    x_to_y, y_to_x = _row_sums(x, y), _row_sums(y, x)
+    first, second = within_x.sum() / (n * (n - 1)), within_y.sum() / (m * (m - 1))
+    cross = x_to_y.sum() / (n * m)
+    value = first + second - 2 * cross
+    # What is left of the value without row i, for each i at once.
+    without_x = (within_x.sum() - 2 * within_x) / ((n - 1) * (n - 2)) + second
+    without_x -= 2 * (x_to_y.sum() - x_to_y) / ((n - 1) * m)
+    without_y = (within_y.sum() - 2 * within_y) / ((m - 1) * (m - 2)) + first
+    without_y -= 2 * (x_to_y.sum() - y_to_x) / ((m - 1) * n)
+    variance = (n - 1) * without_x.var(correction=0) + (m - 1) * without_y.var(correction=0)
+    return Estimate(float(value), math.sqrt(float(variance)))
+
+
+def _row_sums(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """Sums over b of (a.b / f + 1)^3 for each row of a; without `b`, over the other rows of a."""
+    other, found = a if b is None else b, []
+    for rows in a.split(max(1, NUMBERS_AT_ONCE // len(other))):
+        found.append((rows @ other.T).div_(a.shape[1]).add_(1).pow_(3).sum(1))
+    sums = torch.cat(found)
+    if b is None:
+        sums -= (a.square().sum(1) / a.shape[1] + 1).pow(3)
+    return sums
 
 
 def mean_of_terms(terms: Tensor) -> Estimate:
