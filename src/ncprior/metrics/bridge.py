@@ -33,8 +33,8 @@ def bridge_log_z(at_base: Tensor, at_target: Tensor, log_weights: Tensor | None 
             under them. Equal by default.
 
     Returns:
-        Its `ess` is the smallest effective number of the terms of both means and of the weights,
-        its `k_hat` the largest shape of their tails.
+        Its `ess` is the smallest effective number of the terms of both means and of the weights.
+        Both terms are bounded, so that the only tail is that of the weights: `k_hat` is theirs.
 
     Raises:
         ValueError: fewer than two base draws or chains, or a log-ratio that is NaN or +inf.
@@ -81,11 +81,10 @@ def bridge_log_z(at_base: Tensor, at_target: Tensor, log_weights: Tensor | None 
     chains = len(residual)
     variance += float(residual.square().sum()) * chains / (chains - 1)
     parts = (of_base, of_target, weights.log())
-    tails = [k for k in map(pareto_k, parts) if k is not None]
     return LogZ(
         float(log_z),
         math.sqrt(variance),
         min(float(effective_sample_size(part)) for part in parts),
         total,
-        max(tails) if tails else None,
+        pareto_k(weights.log()),
     )

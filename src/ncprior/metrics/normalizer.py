@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ncprior.metrics.annealing import LogDensity, anneal, tuned_step_sizes
+from ncprior.metrics.annealing import LogDensity, anneal, tuned_schedule
 from ncprior.metrics.bridge import bridge_log_z
 from ncprior.metrics.likelihood import base_log_ratios
 from ncprior.normal import LOG_2_PI, Normal
@@ -20,7 +20,7 @@ from ncprior.numerics import LogZ, log_z, stream
 from ncprior.walk import Group, device_of, from_prior, walk
 
 METHODS = ("base", "ais", "bridge")
-PILOTS = 64  # chains on which step sizes are tuned
+PILOTS = 64  # chains on which schedules are tuned
 ROWS = 8192
 
 
@@ -195,7 +195,7 @@ def _annealed(
         for purpose in ("annealing pilots", "annealing")
     )
     first_draws = target.sample(min(PILOTS, together), pilots)
-    sizes = tuned_step_sizes(
+    schedule = tuned_schedule(
         *densities, first_draws, temperatures, leapfrog=leapfrog, generator=pilots
     )
     parts, moves = [], temperatures + further
@@ -204,7 +204,7 @@ def _annealed(
         found = anneal(
             *densities,
             target.sample(num, generator),
-            sizes,
+            schedule,
             leapfrog=leapfrog,
             further=further,
             generator=generator,
