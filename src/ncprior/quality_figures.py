@@ -20,11 +20,17 @@ from ncprior.metrics.features import (
     label,
     load_features,
 )
-from ncprior.metrics.frechet import BLOCKS, Frechet, frechet, frechet_distance, moment_blocks
+from ncprior.metrics.frechet import (
+    BLOCKS,
+    Frechet,
+    frechet_distance,
+    frechet_estimates,
+    moment_blocks,
+)
 from ncprior.metrics.kernel import kid
 from ncprior.metrics.modes import Modes, class_counts, compare_modes
 from ncprior.metrics.neighbours import as_compared, memorised
-from ncprior.metrics.precision_recall import precision_recall
+from ncprior.metrics.precision_recall import prdc
 from ncprior.numerics import stream
 from ncprior.training.progress import progress_bar
 
@@ -164,7 +170,9 @@ class _Distances:
 
     def __call__(self, name: str, _: Tensor, features: Tensor) -> Figures:
         n, f = features.shape
-        self.found[name] = found = frechet(moment_blocks(features, self.blocks), self.reference)
+        self.found[name] = found = frechet_estimates(
+            moment_blocks(features, self.blocks), self.reference
+        )
         self.samples = n
         note = f"{n} images against {self.num} test images"
         if min(n, self.num) <= f:
@@ -205,7 +213,7 @@ def _kid(name: str, features: Tensor, against: Tensor, unit: str, seed: int) -> 
 
 def _prdc(name: str, features: Tensor, against: Tensor, unit: str, seed: int) -> Figures:
     count = min(len(features), len(against), PRDC_ROWS)  # these figures compare at equal numbers
-    found = precision_recall(_some(against, count), _some(features, count), k=NEIGHBOURS)
+    found = prdc(_some(against, count), _some(features, count), k=NEIGHBOURS)
     note = f"{NEIGHBOURS} neighbours, {count} images against as many test images"
     return {
         f"{figure}_{name}": Figure(value, f"share, {unit}", count, seed, se, note=note)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from ncprior.metrics import frechet_distance, moment_blocks
-from ncprior.metrics.frechet import merge, moments
+from ncprior.metrics import frechet_distance, frechet_estimates, moment_blocks
+from ncprior.metrics.frechet import merge, moments, streamed_moments
 from ncprior.numerics import jackknife
 
 
@@ -92,3 +92,89 @@ def test_jackknife_error_against_the_spread_of_many_runs(rng):
     values = torch.tensor([f.value for f in found], dtype=torch.float64)
     said = torch.tensor([f.se for f in found], dtype=torch.float64).square().mean().sqrt()
     assert float(said / values.std()) == pytest.approx(1, abs=4 * 0.052 + 0.02)
+
+
+def test_against_torchmetrics(rng):
+    """Theirs multiplies the covariances and takes general eigenvalues; no code is shared."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    mix = torch.randn(16, 16, generator=rng, dtype=torch.float64)
+    a = torch.rand(300, 16, generator=rng, dtype=torch.float64) @ mix
+    b = torch.rand(200, 16, generator=rng, dtype=torch.float64).square() @ mix
+
+    class Flat(torch.nn.Module):
+        num_features = 16
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    theirs = fid.FrechetInceptionDistance(Flat(), normalize=True, input_img_size=(1, 4, 4))
+    theirs.set_dtype(torch.float64)
+    theirs.update(a.view(-1, 1, 4, 4), real=True)
+    theirs.update(b.view(-1, 1, 4, 4), real=False)
+    assert distance(a, b) == pytest.approx(float(theirs.compute()), rel=1e-6)
+
+
+def test_streamed_moments(rng):
+    """Batches of any size make the moments of the whole; one matrix of them is held."""
+    x = features(500, rng, 7)
+    found, whole = streamed_moments(x.split(64)), moments(x)
+    assert found.num == whole.num
+    torch.testing.assert_close(found.total, whole.total)
+    torch.testing.assert_close(found.outer, whole.outer)
+    assert streamed_moments(part.float() for part in x.split(64)).outer.dtype == torch.float64
+
+
+@pytest.mark.parametrize("bad", [[], [torch.zeros(3)], [torch.full((3, 2), math.nan)]])
+def test_batches_that_cannot_be_measured(bad):
+    with pytest.raises(ValueError, match=r"batches must hold|features must be \(n, f\) and finite"):
+        streamed_moments(bad)
+
+
+def test_constant_features():
+    with pytest.raises(ValueError, match="must differ from image to image, but all 9 rows"):
+        moment_blocks(torch.ones(9, 3))
+
+
+def test_plain_estimate_and_error_are_those_of_the_jackknife(rng):
+    """One root of a covariance serves all blocks of the other set; the figures are the same."""
+    a, b = moment_blocks(features(200, rng)), moment_blocks(features(150, rng, 4, 1.5))
+    found, expected = frechet_estimates(a, b), jackknife(frechet_distance, a, b)
+    assert found.plain.value == pytest.approx(expected.value, rel=1e-12)
+    assert found.plain.se == pytest.approx(expected.se, rel=1e-9)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1.3, 0.2)])
+def test_extrapolated_to_infinity(scale, shift, rng):
+    """Over many small sets the plain value is far too large on average, the limit's is right."""
+    n, d, runs = 150, 8, 60
+    expected = d * (shift**2 + (scale - 1) ** 2)
+    found = [
+        frechet_estimates(
+            moment_blocks(features(n, rng, d)), moment_blocks(features(n, rng, d, scale, shift))
+        )
+        for _ in range(runs)
+    ]
+    plain = torch.tensor([f.plain.value for f in found], dtype=torch.float64)
+    limit = torch.tensor([f.at_infinity.value for f in found], dtype=torch.float64)
+    # 4 standard errors of the mean over runs, and the next term of the bias, of the order of
+    # d (d + 1) d / n^2 = 0.03, which the line leaves.
+    assert abs(limit.mean() - expected) < 4 * limit.std() / math.sqrt(runs) + 0.03
+    assert plain.mean() - expected > 0.3
+
+
+def test_error_at_infinity_against_the_spread_of_many_runs(rng):
+    """As for the plain value above; the line adds a little to the spread, not to the error."""
+    found = []
+    for _ in range(100):
+        a, b = features(400, rng, 3), features(300, rng, 3, 1.3, 0.4)
+        found.append(frechet_estimates(moment_blocks(a), moment_blocks(b)).at_infinity)
+    values = torch.tensor([f.value for f in found], dtype=torch.float64)
+    said = torch.tensor([f.se for f in found], dtype=torch.float64).square().mean().sqrt()
+    # The spread of 100 runs has a relative error of 1 / sqrt(200) = 7 %.
+    assert float(said / values.std()) == pytest.approx(1, abs=4 * 0.072 + 0.02)
+
+
+def test_one_block_has_no_error(rng):
+    blocks = moment_blocks(features(10, rng))
+    with pytest.raises(ValueError, match="at least 2 blocks each, got 1 and"):
+        frechet_estimates(blocks[:1], blocks)

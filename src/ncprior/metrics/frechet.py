@@ -35,7 +35,7 @@ def merge(parts: Iterable[Moments]) -> Moments:
 
 
 def moment_blocks(features: Tensor, blocks: int = BLOCKS) -> list[Moments]:
-    """Features (n, f) dealt into blocks, for `frechet` and `numerics.jackknife`.
+    """Features (n, f) dealt into blocks, for `frechet_estimates` and `numerics.jackknife`.
 
     Dealt, not cut: the rows of some data sets are ordered (the first half of MNIST's test images is
     the cleaner one), and blocks must be alike.
@@ -93,7 +93,7 @@ class Frechet(NamedTuple):
     without_b: Tensor  # (blocks of b,)
 
 
-def frechet(a: Sequence[Moments], b: Sequence[Moments]) -> Frechet:
+def frechet_estimates(a: Sequence[Moments], b: Sequence[Moments]) -> Frechet:
     """The distance of two sets dealt into blocks, its error, and its limit for infinite sets.
 
     The plain value is too large by c_a / n_a + c_b / n_b and smaller terms. Each block left out in

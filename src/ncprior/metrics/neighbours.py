@@ -14,7 +14,7 @@ SMALL = 64  # pixels a side: larger images are averaged down to it
 CROP = 40
 NUMBERS_AT_ONCE = 1 << 24  # of a matrix of distances in single precision, 64 MiB
 SPARE = 16  # candidates beyond those asked for
-BLOCKS = 20
+LEAST = 20  # held-out images, for a quantile of 5 %
 NEAR = 0.05  # share of held-out images that are called near a training image
 
 
@@ -115,9 +115,11 @@ class Memorised(NamedTuple):
 def memorised(samples: Tensor, training: Tensor, heldout: Tensor) -> Memorised:
     """Whether samples lie nearer to training images than images do that were not trained on.
 
-    Both figures have jackknife errors over blocks of samples, training and held-out images dealt
-    alike. `near` compares distances to all training images; `closer_to_train` asks on which side
-    the nearest image lies, among all held-out images and as many of training, taken at even steps.
+    `near` compares distances to all training images; its error is for this training set, from the
+    draw of samples and of held-out images. `closer_to_train` asks on which side the nearest image
+    lies, among all held-out images and as many of training, taken at even steps; its error counts
+    the images that are nearest to some sample, not the samples, of which many may share one (it
+    is a quarter too large in simulations).
 
     Args:
         samples: (n, f), as `as_compared` gives them; at least 2.
@@ -130,62 +132,36 @@ def memorised(samples: Tensor, training: Tensor, heldout: Tensor) -> Memorised:
 
     Reference: Meehan, Chaudhuri and Dasgupta (AISTATS 2020) for comparing with held-out images.
     """
-    if len(samples) < 2 or not BLOCKS <= len(heldout) <= len(training):
+    if len(samples) < 2 or not LEAST <= len(heldout) <= len(training):
         raise ValueError(
-            f"samples must be at least 2, held-out images between {BLOCKS} and the number of "
+            f"samples must be at least 2, held-out images between {LEAST} and the number of "
             f"training images, got {len(samples)}, {len(heldout)} and {len(training)}"
         )
-    count = min(BLOCKS, len(samples))
     to_train = nearest(samples, training).distance[:, 0]
     typical = nearest(heldout, training).distance[:, 0]
-    near = _jackknifed(
-        lambda left: _share_below(_without(to_train, left, count), typical.quantile(NEAR)),
-        count,
+    h = len(heldout)
+    both = torch.cat([training[torch.arange(h) * len(training) // h], heldout])
+    return Memorised(_near(to_train, typical), _side(nearest(samples, both).row[:, 0], h))
+
+
+def _near(samples: Tensor, heldout: Tensor) -> Estimate:
+    """The share of samples' distances below the quantile of held-out ones, with its error."""
+    low, threshold, high = heldout.quantile(
+        torch.tensor([NEAR / 2, NEAR, 3 * NEAR / 2], dtype=torch.float64)
     )
-    near_heldout = _jackknifed(
-        lambda left: _share_below(to_train, _without(typical, left, BLOCKS).quantile(NEAR)), BLOCKS
-    )
-
-    subset = training[torch.arange(len(heldout)) * len(training) // len(heldout)]
-    sides = [_nearest_by_block(samples, side) for side in (subset, heldout)]  # (n, blocks) each
-    kept = [torch.arange(BLOCKS) != left for left in range(BLOCKS)]
-    closer = (sides[0].amin(1) < sides[1].amin(1)).double()
-    of_samples = _jackknifed(lambda left: float(_without(closer, left, count).mean()), count)
-    of_images = _jackknifed(
-        lambda left: float(
-            (sides[0][:, kept[left]].amin(1) < sides[1][:, kept[left]].amin(1)).double().mean()
-        ),
-        BLOCKS,
-    )
-    return Memorised(
-        Estimate(_share_below(to_train, typical.quantile(NEAR)), math.hypot(near, near_heldout)),
-        Estimate(float(closer.mean()), math.hypot(of_samples, of_images)),
-    )
+    share = float((samples < threshold).double().mean())
+    # A threshold that is off by a share of held-out images is off by so much of a share of samples.
+    slope = float(((samples >= low) & (samples < high)).double().mean()) / NEAR
+    variance = share * (1 - share) / len(samples) + slope**2 * NEAR * (1 - NEAR) / len(heldout)
+    return Estimate(share, math.sqrt(variance))
 
 
-def _nearest_by_block(queries: Tensor, references: Tensor) -> Tensor:
-    """Distance to the nearest reference of each block, (n, BLOCKS)."""
-    centre = references.double().mean(0)
-    y, found = references.double() - centre, []
-    for part in queries.split(500):
-        x = part.double() - centre
-        squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-        found.append(torch.stack([squared[:, i::BLOCKS].amin(1) for i in range(BLOCKS)], 1))
-    return torch.cat(found).clamp_min(0).sqrt()
-
-
-def _without(values: Tensor, left: int, count: int) -> Tensor:
-    return values[torch.arange(len(values)) % count != left]
-
-
-def _share_below(values: Tensor, threshold: Tensor) -> float:
-    return float((values < threshold).double().mean())
-
-
-def _jackknifed(without: object, count: int) -> float:
-    """The standard error of a figure, from its values without each block."""
-    values = torch.tensor([without(left) for left in range(count)], dtype=torch.float64)  # type: ignore[operator]
-    return math.sqrt((count - 1) * float(values.var(correction=0)))
+def _side(rows: Tensor, first: int) -> Estimate:
+    """The share of rows before `first`; samples with the same row count as one draw of its side."""
+    share = float((rows < first).double().mean())
+    images, counts = rows.unique(return_counts=True)
+    apart = (images < first).double() - share
+    return Estimate(share, float((counts * apart).square().sum().sqrt()) / len(rows))
 
 
 def neighbour_rows(samples: Tensor, training_images: Tensor, k: int = 5) -> Tensor:

@@ -21,16 +21,17 @@ class PrecisionRecall(NamedTuple):
     coverage: Estimate  # real images with a sample in their ball
 
 
-def precision_recall(
-    real: Tensor, samples: Tensor, *, k: int = 5, blocks: int = BLOCKS
-) -> PrecisionRecall:
+def prdc(real: Tensor, samples: Tensor, *, k: int = 5, blocks: int = BLOCKS) -> PrecisionRecall:
     """What share of samples looks real, and what share of the real images they reach.
 
     The ball of a point reaches to its k-th nearest neighbour in its own set. All four figures
     depend on the numbers of points: compare them at equal numbers. For equal laws and as many
     samples as real images density is 1 and coverage 1 - 2^-k on average, in any space.
 
-    Distances are exact; memory does not grow with the square of the numbers.
+    Distances are exact; memory does not grow with the square of the numbers. The errors are those
+    of the jackknife, which for neighbours is on the safe side: in simulations 1.0 to 2.1 times the
+    true spread, most where figures are near 1. (The error of a mean of independent points, often
+    quoted, is 0.4 to 0.9 times it.)
 
     Args:
         real: Features of real images (n, f).
