@@ -113,13 +113,19 @@ class AutoregressivePrior(LatentPrior):
     def log_prob(self, value: Tensor) -> Tensor:
         """Normalised log-density in nats of z (..., d), shape (...)."""
         x = self.inner(value)
+        return self.conditional(x).log_prob(x).sum(-1) + self.log_det()
+
+    def conditional(self, x: Tensor) -> Conditional:
+        """The density of each coordinate of x (..., d), standardised, given those before it.
+
+        Its tensors are (..., d, m).
+        """
         *weights, out, skip = self._masked()
         biases: list[Any] = [layer.bias for layer in self.layers]
         h = x
         for weight, bias in zip(weights, biases, strict=True):
             h = F.silu(F.linear(h, weight, bias))
-        raw = F.linear(h, out, self.out.bias) + F.linear(x, skip)
-        return self._conditional(raw).log_prob(x).sum(-1) + self.log_det()
+        return self._conditional(F.linear(h, out, self.out.bias) + F.linear(x, skip))
 
     @torch.no_grad()
     def sample(

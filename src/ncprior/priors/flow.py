@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,6 @@ class FlowPrior(LatentPrior):
         super().__init__(latent_size)
         if family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-        flows = _zuko_flows()
         self.config: dict[str, Any] = {
             "latent_size": latent_size,
             "family": family,
@@ -59,13 +59,15 @@ class FlowPrior(LatentPrior):
             "hidden": list(hidden),
             "bins": bins,
         }
+        zuko = _import_zuko()
         options: dict[str, Any] = {"transforms": transforms, "hidden_features": list(hidden)}
-        if family == "realnvp":
-            self.flow = flows.RealNVP(latent_size, randmask=latent_size > 1, **options)
-        elif family == "maf":
-            self.flow = flows.MAF(latent_size, **options)
+        if family == "maf":
+            self.flow = zuko.flows.MAF(latent_size, **options)
         else:
-            self.flow = flows.NSF(latent_size, bins=bins, passes=2, randperm=True, **options)
+            if family == "nsf":
+                options["univariate"] = partial(zuko.transforms.MonotonicRQSTransform, slope=1e-3)
+                options["shapes"] = [(bins,), (bins,), (bins - 1,)]
+            self.flow = zuko.flows.NICE(latent_size, randmask=latent_size > 1, **options)
         self.temperature = 1.0
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -127,15 +129,15 @@ class FlowPrior(LatentPrior):
         )
 
 
-def _zuko_flows() -> Any:
-    """`zuko.flows`; the torch default that its import changes is put back."""
+def _import_zuko() -> Any:
+    """`zuko`; the torch default that its import changes is put back."""
     validates = Distribution._validate_args
     try:
-        import zuko.flows
+        import zuko
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             'flows need zuko; install it with: pip install "ncprior[flows]"'
         ) from None
     finally:
         Distribution.set_default_validate_args(validates)
-    return zuko.flows
+    return zuko

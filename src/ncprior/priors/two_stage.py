@@ -13,6 +13,7 @@ from ncprior.numerics import log_mean_exp, stream
 from ncprior.priors.codes import Codes
 from ncprior.priors.fitting import Report, descend, first_weights, ignore
 from ncprior.priors.latent import LatentPrior
+from ncprior.walk import Repeated
 
 
 class TwoStagePrior(LatentPrior):
@@ -71,6 +72,10 @@ class TwoStagePrior(LatentPrior):
         ]
         return (torch.cat(bounds) + self.log_det()).view(value.shape[:-1])
 
+    def rows(self, num: int) -> "BoundedRows":
+        """The density for each of `num` rows of a walk, by its bound."""
+        return BoundedRows(self, num)
+
     def elbo(self, value: Tensor, *, generator: Generator | None = None) -> Tensor:
         """The evidence lower bound in nats of z (n, d) by one draw of u each, (n,)."""
         return self._log_weights(self.inner(value), 1, generator)[0] + self.log_det()
@@ -127,6 +132,21 @@ class TwoStagePrior(LatentPrior):
             report=report,
         )
         return prior.requires_grad_(False)
+
+
+class BoundedRows(Repeated):
+    """A two-stage prior for each row; its `log_prob` is the bound of 64 draws, the same each time.
+
+    Drawing and fitting never ask for it; what does, such as a KL that is reported, has a bound too.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        fixed = stream(0, "two-stage bound", device=value.device)
+        prior: Any = self.density
+        return prior.log_prob_bound(value, generator=fixed)
+
+    def tempered(self, temperature: float) -> "BoundedRows":
+        return BoundedRows(self.density.tempered(temperature), self.num)
 
 
 class _Network(nn.Module):
