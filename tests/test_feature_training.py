@@ -3,8 +3,10 @@ import struct
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import ncprior
+from ncprior.cli import app
 from ncprior.data import Splits, load_data
 from ncprior.feature_training import load_labelled, train_features
 from ncprior.metrics import load_features
@@ -89,6 +91,21 @@ def test_where_labelled_images_come_from(tmp_path):
     assert load_labelled(str(tmp_path))[0].labels.tolist() == list(range(9))
     with pytest.raises(FileNotFoundError):
         load_labelled(str(tmp_path / "none"))
+
+
+def test_from_the_command_line(tmp_path):
+    command = ["features", "train", "digits", "--out", str(tmp_path / "f"), "--epochs", "0.2"]
+    done = CliRunner().invoke(app, [*command, "--device", "cpu", "--json"])
+    content = json.loads(done.stdout)
+    assert content["sha256"] == load_features(tmp_path / "f").checksum
+    assert content["class_names"][3] == "3" and content["test_images"] == 350
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code and "already holds features; pass --overwrite" in str(again.exception)
+    names = ",".join("abcdefghij")
+    options = ["--overwrite", "--class-names", names, "--device", "cpu"]
+    done = CliRunner().invoke(app, [*command, *options])
+    assert "Features digits" in done.stdout and "of 350 test images" in done.stdout
+    assert load_features(tmp_path / "f").class_names == list("abcdefghij")
 
 
 @pytest.mark.data

@@ -15,7 +15,7 @@ from ncprior.figures import Figure, Figures
 from ncprior.metrics.classifier import Classifier, save_classifier, shifted
 from ncprior.numerics import stream_seed
 from ncprior.recipes import load_recipe
-from ncprior.storage import fingerprint
+from ncprior.storage import fingerprint, read_json
 from ncprior.training.loop import Place, make_fabric, optimise
 from ncprior.training.order import RowOrder
 
@@ -184,6 +184,21 @@ def train_features(
     note = f"classifier {facts['name']}, sha256 {fingerprint(classifier)[:8]}"
     se = math.sqrt(accuracy * (1 - accuracy) / tested)
     return {"classifier_accuracy": Figure(accuracy, "share", tested, seed, se, note=note)}
+
+
+def train_feature_directory(
+    source: str, out: Path, *, resume: bool = False, overwrite: bool = False, **options: Any
+) -> dict[str, Any]:
+    """`train_features` of a named data set; returns what it wrote into config.json.
+
+    Raises:
+        ValueError: `out` holds features already; or as for `train_features` and `load_labelled`.
+    """
+    if (out / "config.json").exists() and not overwrite:
+        raise ValueError(f"{out} already holds features; pass --overwrite, or another --out")
+    data, splits = load_labelled(source)
+    train_features(data, splits, directory=out, resume=resume, **options)
+    return read_json(out / "config.json")
 
 
 def load_labelled(source: str) -> tuple[ImageDataset, Splits]:
