@@ -17,6 +17,21 @@ def neighbours(seed):
     return KNeighborsClassifier(3)
 
 
+class Centroids:
+    """Says which of both means is nearer."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def fit(self, features, labels):
+        self.means = [features[labels == label].mean(0) for label in (0, 1)]
+
+    def predict_proba(self, features):
+        far = [((features - mean) ** 2).sum(1) for mean in self.means]
+        of_x = torch.sigmoid(torch.tensor(far[0] - far[1]))
+        return torch.stack([1 - of_x, of_x], 1).numpy()
+
+
 class Coin:
     """Knows nothing, and says the same of every row."""
 
@@ -48,7 +63,7 @@ def test_accuracy_of_the_best_classifier(rng):
 
 
 def test_sees_a_spread_and_a_mixture(rng):
-    """Where both means are the same: one by the squares, the other by the trees."""
+    """Where both means are the same: one by the squares, the other by trees and neighbours."""
     x, y = normal(400, rng, 10), 1.3 * normal(400, rng, 10)
     assert c2st(x, y, folds=3, generator=rng).p_value < 1e-3
     side = torch.randint(2, (400, 1), generator=rng) * 2.0 - 1
@@ -61,6 +76,28 @@ def test_judges_only_what_it_was_not_fitted_on(rng):
     one = lambda seed: neighbours(seed).set_params(n_neighbors=1)
     found = c2st(normal(300, rng), normal(300, rng), classifier=one, generator=rng)
     assert abs(found.accuracy - 0.5) < 5 * found.se and found.p_value > 1e-3
+
+
+def test_learns_from_extra_rows(rng):
+    """Points around 40 centres and points anywhere: 60 rows of each are not enough to tell."""
+    centres = normal(40, rng, 5)
+
+    def around(n):
+        return centres[torch.randint(40, (n,), generator=rng)] + 0.2 * normal(n, rng, 5)
+
+    x, y = around(60), 1.02 * normal(60, rng, 5)
+    alone = c2st(x, y, folds=2, generator=rng)
+    found = c2st(x, y, folds=2, extra=(around(800), normal(800, rng, 5)), generator=rng)
+    assert found.accuracy > alone.accuracy + 3 * found.se and found.p_value < 1e-6
+    assert (alone.comparisons, found.comparisons) == (30, 60)
+
+
+def test_extra_rows_of_another_law_prove_nothing(rng):
+    """A classifier that has learnt to tell them says the same of equal laws: 4 standard errors."""
+    extra = (normal(200, rng, shift=1.0), normal(200, rng))
+    options = {"folds": 2, "extra": extra, "classifier": Centroids}
+    share, level = false_positives(rng, 200, **options), expected_below(0.1, 30)
+    assert abs(share - level) < 4 * math.sqrt(level * (1 - level) / 200)
 
 
 def test_ties_are_decided_by_a_coin(rng):
@@ -96,6 +133,12 @@ def test_false_positives_of_the_default_classifier(rng):
     share = false_positives(rng, 200, folds=3)
     level = expected_below(0.1, 20)
     assert abs(share - level) < 4 * math.sqrt(level * (1 - level) / 200)
+
+
+def test_rejects_extra_rows_of_another_shape(rng):
+    extra = (torch.zeros(9, 2), torch.zeros(8, 2))
+    with pytest.raises(ValueError, match="extra must be two sets"):
+        c2st(torch.rand(30, 2), torch.rand(30, 2), folds=2, extra=extra, generator=rng)
 
 
 def test_the_same_seed_says_the_same(rng):
