@@ -48,12 +48,12 @@ def test_keeps_the_best_weights():
     point, seen = Point(), []
 
     def held():
-        seen.append(float(point.x))
+        seen.append(point.x.item())
         return (seen[-1] - 1) ** 2
 
     fit(point, held=held, learning_rate=0.02, evaluate_every=10)
-    assert float(point.x) == min(seen, key=lambda x: (x - 1) ** 2)
-    assert float(point.x) == pytest.approx(1, abs=0.2)
+    assert point.x.item() == min(seen, key=lambda x: (x - 1) ** 2)
+    assert point.x.item() == pytest.approx(1, abs=0.2)
 
 
 def test_patience_ends_it():

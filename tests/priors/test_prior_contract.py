@@ -27,6 +27,7 @@ class Case(NamedTuple):
         bias: What its sampler may be off by, in total variation, beyond noise.
         points: Points of the grid along an axis; the rule is exact to 1e-3 with these.
         learns: Whether it must come nearer to q(z) than N(0, I).
+        on_meta: Whether its density can be asked for where tensors have no values.
     """
 
     name: str
@@ -35,12 +36,13 @@ class Case(NamedTuple):
     bias: float = 0.0
     points: int = 241
     learns: bool = True
+    on_meta: bool = True
 
 
 def bound(prior, z):
-    """Nearly the log-density: in two dimensions a bound of 256 draws has next to no gap."""
+    """Nearly the log-density: in two dimensions a bound of 64 draws has next to no gap."""
     generator = torch.Generator().manual_seed(0)
-    return prior.log_prob_bound(z, num=256, generator=generator)
+    return prior.log_prob_bound(z, num=64, generator=generator)
 
 
 QUICK = {"steps": 300, "hidden": (32, 32), "learning_rate": 5e-3}
@@ -48,11 +50,11 @@ CASES = {
     "gaussian": Case("gaussian", learns=False),
     "mixture": Case("mixture", {"components": 5}),
     "vamp": Case("vamp", {"components": 30, "steps": 60}),
-    "nsf": Case("flow", QUICK | {"family": "nsf", "transforms": 2}),
-    "realnvp": Case("flow", QUICK | {"family": "realnvp"}),
+    "nsf": Case("flow", QUICK | {"family": "nsf", "transforms": 2}, on_meta=False),
+    "realnvp": Case("flow", QUICK | {"family": "realnvp"}, on_meta=False),
     "maf": Case("flow", QUICK | {"family": "maf", "transforms": 2}),
     "autoregressive": Case("autoregressive", QUICK | {"components": 4}),
-    "two-stage": Case("two-stage", QUICK, bound, points=61, bias=0.02),
+    "two-stage": Case("two-stage", QUICK | {"steps": 600}, bound, points=48, bias=0.02),
     "diffusion": Case(
         "diffusion", {"width": 32, "blocks": 1, "steps": 300, "learning_rate": 1e-2}, points=61
     ),
@@ -198,7 +200,8 @@ def test_seeds(prior):
 
 def test_fit_is_a_function_of_its_seed(case):
     """And draws nothing from the global state."""
-    quick = {"steps": 3} if "steps" in inspect.signature(PRIORS[case.name].fit).parameters else {}
+    known = inspect.signature(PRIORS[case.name].fit).parameters
+    quick = {name: n for name, n in (("steps", 3), ("acceptance_draws", 4096)) if name in known}
     case = case._replace(settings=case.settings | quick)
     before = torch.get_rng_state()
     one = fit(case)
@@ -233,12 +236,12 @@ def test_config_is_json_and_makes_the_same(case, prior):
     assert torch.equal(log_density(case, other.eval(), z), log_density(case, prior, z))
 
 
-def test_every_tensor_moves(prior):
+def test_every_tensor_moves(case, prior):
     """On the meta device a tensor that stayed behind is an error."""
     other = type(prior)(**prior.config).to("meta")
     tensors = [*other.parameters(), *other.buffers()]
     assert all(tensor.device.type == "meta" for tensor in tensors)
-    if prior.normalized:
+    if prior.normalized and case.on_meta:
         assert other.log_prob(torch.empty(4, 2, device="meta")).shape == (4,)
 
 
@@ -282,7 +285,7 @@ def test_fit_brings_it_near_the_codes(case, prior):
     z = codes.draw(2000, generator=seeded(4))
 
     def gap(density):
-        return float((q.log_prob(z) - density).mean())
+        return float((q.log_prob(z) - density).detach().mean())
 
     if not (prior.normalized or case.log_density):
         pytest.skip("its normalising constant is not known")
