@@ -77,7 +77,7 @@ def test_training_estimate_is_unbiased(with_posterior, rng):
     exact, found = float(prior.acceptance), []
     prior.estimate_draws = 3
     posterior = Normal(torch.tensor([[0.3]]).double(), torch.tensor([[1.2]]).double())
-    for _ in range(4000):
+    for _ in range(2000):
         z = posterior.sample(generator=rng)
         given = posterior if with_posterior else None
         prior.training_log_prob(z, generator=rng, posterior=given, decay=0.0)

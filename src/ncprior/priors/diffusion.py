@@ -1,15 +1,15 @@
 """A diffusion prior: a small network that carries N(0, I) to the codes along a smooth flow.
 
-Noise and data are mixed as on a circle, x_a = cos(a) x_0 + sin(a) e with e from N(0, I), so that
-x_a is data at a = 0, noise at a = pi/2 and has covariance I throughout, once the codes are
-whitened. The network learns the velocity u(x, a) = E[dx_a / da | x_a = x]. It is zero where the
-codes are Gaussian: a network that has learned nothing gives the Gaussian of the codes' moments.
+Noise and data are mixed as on a circle, x_a = cos(a) x_0 + sin(a) e with e from N(0, I): x_a is
+data at a = 0 and noise at a = pi/2. What is learned is the velocity u(x, a) = E[dx_a/da | x_a = x],
+as the one of a Gaussian with the codes' moments, known in closed form, plus a network. A network
+that has learned nothing leaves that Gaussian.
 """
 
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -26,6 +26,7 @@ EXACT_UP_TO = 16
 """Latent size up to which the divergence is exact unless `probes` says otherwise."""
 FREQUENCIES = 8
 ROWS_AT_ONCE = 4096
+SMALLEST_VARIANCE = 1e-5  # of the standardised codes along an axis
 
 
 class LogProbEstimate(NamedTuple):
@@ -40,21 +41,22 @@ class DiffusionPrior(LatentPrior):
         latent_size: d.
         width: Width of the network.
         blocks: Its residual blocks.
-        solver_steps: Steps of Heun's method from noise to code, and back for the density; each
-            takes two evaluations of the network.
+        solver_steps: Runge-Kutta steps from noise to code, and back for the density; each takes
+            four evaluations of the network.
         probes: Random probes of the divergence in `log_prob`; 0 for the exact one, at the cost of
             d probes. By default exact up to d = 16 and 8 probes beyond.
         temperature: Standard deviation of the noise that the flow starts from.
 
     Reference: the probability-flow equation of Song et al. (arXiv 2011.13456, Eq. 13 and 39),
-    learned by flow matching (Lipman et al., arXiv 2210.02747, Eq. 9) on the circular path of
-    Albergo and Vanden-Eijnden (arXiv 2209.15571); Hutchinson's estimator as in FFJORD (Grathwohl
-    et al., arXiv 1810.01367). Whitening is ours.
+    learned by flow matching (Lipman et al., arXiv 2210.02747) on the circular path of Albergo and
+    Vanden-Eijnden (arXiv 2209.15571); Hutchinson's estimator as in FFJORD (Grathwohl et al.,
+    arXiv 1810.01367). The Gaussian part and the mean over each posterior (`matching_loss`) are
+    ours.
     """
 
     normalized = True
-    whiten: Tensor  # (d, d): x = (z - loc) whiten
-    colour: Tensor  # (d, d), its inverse
+    axes: Tensor  # (d, d), principal axes of the standardised codes, one a column
+    variances: Tensor  # (d,) along them
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class DiffusionPrior(LatentPrior):
         *,
         width: int = 256,
         blocks: int = 3,
-        solver_steps: int = 32,
+        solver_steps: int = 16,
         probes: int | None = None,
         temperature: float = 1.0,
     ) -> None:
@@ -80,35 +82,29 @@ class DiffusionPrior(LatentPrior):
             )
         self.width, self.blocks, self.solver_steps = width, blocks, solver_steps
         self.probes, self.temperature = probes, temperature
-        self.register_buffer("whiten", torch.eye(latent_size))
-        self.register_buffer("colour", torch.eye(latent_size))
-        self.velocity = Velocity(latent_size, width, blocks)
+        self.register_buffer("axes", torch.eye(latent_size))
+        self.register_buffer("variances", torch.ones(latent_size))
+        self.network = Network(latent_size, width, blocks)
 
     @property
     def config(self) -> dict[str, Any]:
         names = ("latent_size", "width", "blocks", "solver_steps", "probes", "temperature")
         return {name: getattr(self, name) for name in names}
 
-    def inner(self, z: Tensor) -> Tensor:
-        return (z - self.loc) @ self.whiten
-
-    def outer(self, x: Tensor) -> Tensor:
-        return x @ self.colour + self.loc
-
-    def log_det(self) -> Tensor:
-        return torch.linalg.slogdet(self.whiten).logabsdet
-
     def standardize(self, codes: Codes) -> None:
-        """Take the mean and the whitening from the codes' moments."""
+        """Take each latent's mean and spread, and the axes of what then remains, from codes."""
         super().standardize(codes)
-        loc, scale = codes.loc.double(), codes.scale.double()
-        second = torch.cov(loc.T, correction=0).view(self.latent_size, -1)
-        second = second + scale.square().mean(0).diag()
-        own = self.spread.double()  # directions are compared in units of each latent
-        values, vectors = torch.linalg.eigh(second / own / own[:, None])
-        root = values.clamp_min(1e-6 * float(values.max())).sqrt()
-        self.whiten.copy_(vectors / own[:, None] / root)
-        self.colour.copy_((vectors * own[:, None] * root).T)
+        loc, scale = self.inner(codes.loc).double(), (codes.scale / self.spread).double()
+        covariance = torch.cov(loc.T, correction=0).view(self.latent_size, -1)
+        values, axes = torch.linalg.eigh(covariance + scale.square().mean(0).diag())
+        self.axes.copy_(axes)
+        self.variances.copy_(values.clamp_min(SMALLEST_VARIANCE))
+
+    def velocity(self, x: Tensor, angle: Tensor) -> Tensor:
+        """u(x, a) (n, d) for standardised x (n, d) and angles (n,)."""
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        rate = sin * cos * (1 - self.variances) / (cos.square() * self.variances + sin.square())
+        return (x @ self.axes * rate) @ self.axes.T + self.network(x, angle)
 
     @torch.no_grad()
     def sample(
@@ -122,7 +118,7 @@ class DiffusionPrior(LatentPrior):
         return self.outer(torch.cat(parts)).view(*sample_shape, self.latent_size)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats of z (..., d), (...): normalised but for the steps' error.
+        """Log-density in nats of z (..., d), (...): normalised but for the solver's error.
 
         With `probes` it is unbiased and random, the same whenever it is asked for; its error is
         that of `estimate_log_prob`. Slow: it solves the equation for each z.
@@ -167,7 +163,7 @@ class DiffusionPrior(LatentPrior):
         *,
         seed: int = 0,
         report: Report = ignore,
-        steps: int = 4000,
+        steps: int = 3000,
         batch_size: int = 256,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.01,
@@ -199,21 +195,21 @@ class DiffusionPrior(LatentPrior):
             prior = cls(codes.latent_size, **options)
         prior = prior.to(codes.loc)
         prior.standardize(train)
-        probe = stream(seed, "held-out noise", device=codes.loc.device)
-        left_out = prior.inner(left.draw(max(4096, len(left.loc)), generator=probe))
-        state = probe.get_state()
+        device = codes.loc.device
 
-        def loss(generator: Generator) -> Tensor:
-            x = prior.inner(train.draw(batch_size, generator=generator))
-            return matching_loss(prior.velocity, x, generator=generator)
+        def matching(part: Codes, num: int, generator: Generator) -> Tensor:
+            rows = torch.randint(len(part.loc), (num,), generator=generator, device=device)
+            loc, scale = prior.inner(part.loc[rows]), part.scale[rows] / prior.spread
+            return matching_loss(prior.velocity, loc, scale, generator=generator)
 
+        @torch.no_grad()
         def heldout_loss() -> float:
-            probe.set_state(state)
-            return float(matching_loss(prior.velocity, left_out, generator=probe))
+            num = max(4096, len(left.loc))
+            return float(matching(left, num, stream(seed, "held-out noise", device=device)))
 
         descend(
             prior,
-            loss,
+            lambda generator: matching(train, batch_size, generator),
             heldout_loss,
             steps=steps,
             learning_rate=learning_rate,
@@ -228,22 +224,20 @@ class DiffusionPrior(LatentPrior):
         return prior.requires_grad_(False)
 
     def _grid(self) -> Tensor:
-        """Angles from data (0) to noise (pi/2), (solver_steps + 1,)."""
-        return torch.linspace(0, math.pi / 2, self.solver_steps + 1).to(self.loc)
+        """Angles from data (0) to noise (pi/2), closest where the codes' detail is."""
+        share = torch.linspace(0, 1, self.solver_steps + 1, dtype=torch.float64)
+        return (math.pi / 2 * share.square()).to(self.loc)
 
     def _decode(self, x: Tensor) -> Tensor:
-        """Noise (n, d) to whitened codes, by Heun's method."""
-        grid = self._grid().flip(0)
-        for a, b in itertools.pairwise(grid):
-            first = self.velocity(x, a.expand(len(x)))
-            second = self.velocity(x + (b - a) * first, b.expand(len(x)))
-            x = x + 0.5 * (b - a) * (first + second)
+        """Noise (n, d) to standardised codes."""
+        for start, end in itertools.pairwise(self._grid().flip(0)):
+            (x,) = runge_kutta(lambda a, x: (self.velocity(x, a.expand(len(x))),), start, end, (x,))
         return x
 
     def _log_prob(
         self, x: Tensor, probes: int, generator: Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Log-density (n,) of whitened codes (n, d) and its standard error."""
+        """Log-density (n,) of standardised codes (n, d) and its standard error."""
         n, d = x.shape
         if probes:
             signs = torch.randint(0, 2, (probes, n, d), generator=generator, device=x.device)
@@ -251,12 +245,10 @@ class DiffusionPrior(LatentPrior):
         else:
             directions = torch.eye(d).to(x)[:, None].expand(-1, n, -1)
         gained = x.new_zeros(len(directions), n)
-        grid = self._grid()
-        for a, b in itertools.pairwise(grid):
-            first, own = self._along(x, a, directions)
-            second, other = self._along(x + (b - a) * first, b, directions)
-            x = x + 0.5 * (b - a) * (first + second)
-            gained = gained + 0.5 * (b - a) * (own + other)
+        for start, end in itertools.pairwise(self._grid()):
+            x, gained = runge_kutta(
+                lambda a, x, _: self._along(x, a, directions), start, end, (x, gained)
+            )
         noise = x / self.temperature
         at_noise = -0.5 * (noise.square() + LOG_2_PI).sum(-1) - d * math.log(self.temperature)
         if not probes:
@@ -277,7 +269,7 @@ class DiffusionPrior(LatentPrior):
         return (u, slope) if onward else (u.detach(), slope.detach())
 
 
-class Velocity(nn.Module):
+class Network(nn.Module):
     """Linear, residual blocks that the angle scales and shifts, linear; zero before training."""
 
     def __init__(self, size: int, width: int, blocks: int) -> None:
@@ -290,7 +282,7 @@ class Velocity(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, angle: Tensor) -> Tensor:
-        """u (n, d) at x (n, d) and angles (n,)."""
+        """What is added to the velocity (n, d) at x (n, d) and angles (n,)."""
         waves = angle[:, None] * torch.arange(1, FREQUENCIES + 1).to(angle)
         time = self.clock(torch.cat([waves.cos(), waves.sin()], dim=-1))
         hidden = self.stem(x)
@@ -311,16 +303,45 @@ class Block(nn.Module):
         return x + self.leave(F.silu(self.enter(seen)))
 
 
-def matching_loss(velocity: nn.Module, x: Tensor, *, generator: Generator) -> Tensor:
-    """Mean square of u(x_a, a) - dx_a/da for data x (n, d), summed over d, ().
+def matching_loss(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    loc: Tensor,
+    scale: Tensor,
+    *,
+    generator: Generator,
+) -> Tensor:
+    """Mean square of u(x_a, a) less E[dx_a/da | x_a, i], summed over d, ().
 
-    Angles are spread evenly over [0, pi/2], one in each of n equal parts.
+    Row i's data are draws of N(loc_i, scale_i^2), (n, d) each. The velocity given its row is known
+    in closed form: the mean over rows is that of single draws, with less noise. Angles are spread
+    evenly over [0, pi/2], one in each of n equal parts.
     """
-    n = len(x)
-    options: Any = {"device": x.device, "dtype": x.dtype}
+    n = len(loc)
+    options: Any = {"device": loc.device, "dtype": loc.dtype}
     offset = torch.rand(n, generator=generator, **options)
     angle = (torch.arange(n, **options) + offset) * (math.pi / 2 / n)
-    noise = torch.randn(x.shape, generator=generator, **options)
+    noise = torch.randn(loc.shape, generator=generator, **options)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    error = velocity(cos * x + sin * noise, angle) - (cos * noise - sin * x)
+    spread = (cos.square() * scale.square() + sin.square()).sqrt()  # of x_a, given the row
+    growth = sin * cos * (1 - scale.square()) / spread  # its derivative by the angle
+    error = velocity(cos * loc + spread * noise, angle) - (growth * noise - sin * loc)
     return error.square().sum(-1).mean()
+
+
+State = tuple[Tensor, ...]
+
+
+def runge_kutta(change: Callable[..., State], start: Tensor, end: Tensor, state: State) -> State:
+    """One classical step of fourth order; change(at, *state) is the state's derivative."""
+    step = end - start
+    middle = start + 0.5 * step
+
+    def after(size: Tensor, by: State) -> State:
+        return tuple(s + size * d for s, d in zip(state, by, strict=True))
+
+    first = change(start, *state)
+    second = change(middle, *after(0.5 * step, first))
+    third = change(middle, *after(0.5 * step, second))
+    fourth = change(end, *after(step, third))
+    slopes = zip(first, second, third, fourth, strict=True)
+    return after(step / 6, tuple(a + 2 * b + 2 * c + d for a, b, c, d in slopes))
