@@ -101,7 +101,7 @@ def test_ess_is_that_of_the_pool():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "hmc"}, 'sampler must be "sir" or "langevin", got \'hmc\''),
+        ({"sampler": "hmc"}, "sampler must be one of sir, langevin, annealed, got 'hmc'"),
         ({"num": 0}, "num must be positive, got 0"),
         ({"proposals": 0}, "proposals must be positive"),
         ({"temperature": 0.0}, "temperature must be positive"),

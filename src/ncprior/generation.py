@@ -11,7 +11,7 @@ from ncprior.groups import check_groups
 from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.readjustment import readjusted
-from ncprior.samplers import langevin, sir
+from ncprior.samplers import annealed, langevin, sir
 from ncprior.samplers.sir import block_for
 from ncprior.training.progress import progress_bar
 from ncprior.walk import Choose, Group, device_of, evaluating, walk
@@ -22,7 +22,7 @@ class Draws(NamedTuple):
 
     images: Tensor  # (n, c, h, w) in [0, 1], means of the likelihood, on the CPU
     latents: list[Tensor]  # K tensors (n, *event), on the CPU
-    ess: Tensor  # (K, n), effective pool sizes of SIR; NaN where SIR was not used
+    ess: Tensor  # (K, n), effective pool sizes of SIR, smallest ones of annealing; NaN elsewhere
 
 
 def generate(vae: Any, prior: NoiseContrastivePrior | None, num: int, **options: Any) -> Tensor:
@@ -44,8 +44,11 @@ def draw(
     steps: int = 500,
     step_size: float = 0.1,
     final_step_size: float | None = 0.005,
+    particles: int = 64,
+    moves: int = 4,
     images: Tensor | None = None,
     seed: int = 0,
+    first: int = 0,
     bfloat16: bool = False,
     batch_size: int = 500,
     chunk: int | None = None,
@@ -57,7 +60,8 @@ def draw(
         vae: Any VAE that offers the walk; put into evaluation mode for the duration.
         prior: The noise contrastive prior; None for the VAE's own.
         num: Number of images.
-        sampler: "sir" or "langevin".
+        sampler: "sir", "langevin" or "annealed". Annealing reaches laws so far from the base that
+            SIR finds next to no proposal there, stage by stage where the ratio has stages.
         groups: Latent groups that use the NCP, such as "0-4" or [0, 1]; all that were fitted by
             default. The top ones matter most (section 5.4 of the paper), and the last may be
             unreliable.
@@ -68,9 +72,12 @@ def draw(
         steps: Langevin updates, from a draw of the base prior.
         step_size: Langevin's first lambda.
         final_step_size: Langevin's last; None for a constant one.
+        particles: Pool of each draw in annealing.
+        moves: Langevin steps of each particle there, at each temperature.
         images: Images (m, c, h, w): draw from their aggregate posterior instead of a prior, which
             gives reconstructions.
         seed: Seed of everything drawn.
+        first: Number of the first draw, to go on from where an earlier call ended.
         bfloat16: Let SIR weigh proposals in bfloat16: faster on some machines, with ratios off by
             about a percent.
         batch_size: Images at a time; it changes memory, not the images.
@@ -81,8 +88,9 @@ def draw(
         ValueError: an argument out of range, an unknown sampler, or a prior for another VAE.
     """
     _check(num=num, proposals=proposals, temperature=temperature, batch_size=batch_size)
+    _check(particles=particles, moves=moves)
     if sampler not in SAMPLERS:
-        raise ValueError(f'sampler must be "sir" or "langevin", got {sampler!r}')
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if images is not None and len(images) == 0:
         raise ValueError("images must hold at least one image to reconstruct, got none")
     if prior is not None:
@@ -98,15 +106,17 @@ def draw(
         "steps": steps,
         "step_size": step_size,
         "final_step_size": final_step_size,
+        "particles": particles,
+        "moves": moves,
     }
     what = "reconstructing" if images is not None else f"sampling {'NCP' if prior else 'base'}"
     batches = []
     with evaluating(vae), progress_bar(what, num, shown=progress) as bar:
-        for first in range(0, num, batch_size):
-            count = min(batch_size, num - first)
-            generators = [stream(seed, "draw", first + i, device) for i in range(count)]
-            batches.append(_batch(vae, prior, generators, sampler, temperature, images, options))
-            bar(first + count)
+        for done in range(0, num, batch_size):
+            count = min(batch_size, num - done)
+            streams = _Streams(seed, first + done, count, device)
+            batches.append(_batch(vae, prior, streams, sampler, temperature, images, options))
+            bar(done + count)
     groups = range(vae.num_groups)
     return Draws(
         torch.cat([b.images for b in batches]),
@@ -115,10 +125,27 @@ def draw(
     )
 
 
+class _Streams(list[Generator]):
+    """A generator for each of `count` draws from number `first` on."""
+
+    def __init__(self, seed: int, first: int, count: int, device: torch.device) -> None:
+        super().__init__(stream(seed, "draw", first + i, device) for i in range(count))
+        self.seed, self.first, self.device = seed, first, device
+
+    def together(self, density: Any, size: int) -> Tensor:
+        """The draws from blocks of `size` that begin at multiples of it, (count, *event)."""
+        start, end = self.first // size, -(-(self.first + len(self)) // size)
+        blocks = [
+            density.sample((size,), generator=stream(self.seed, "draws together", b, self.device))
+            for b in range(start, end)
+        ]
+        return torch.cat(blocks)[self.first - start * size :][: len(self)]
+
+
 def _batch(
     vae: Any,
     prior: NoiseContrastivePrior | None,
-    generators: list[Generator],
+    generators: _Streams,
     sampler: str,
     temperature: float,
     images: Tensor | None,
@@ -145,11 +172,18 @@ def _batch(
     )
 
 
-def _rows_of(density: Callable[[Group], Any], generators: list[Generator]) -> Choose:
-    """Draw each row from its own generator."""
+def _rows_of(density: Callable[[Group], Any], generators: _Streams) -> Choose:
+    """Draw each row from its own generator.
+
+    A prior of which one draw takes as long as hundreds says so by `draws_together`; it is drawn in
+    blocks that lie where they lie whatever is asked for, so that draw i stays what it is.
+    """
 
     def choose(_: int, group: Group) -> Tensor:
         rows = density(group)
+        size = getattr(rows.row(0), "draws_together", 1)
+        if size > 1:
+            return generators.together(rows.row(0), size)
         return torch.stack([rows.row(i).sample((), generator=g) for i, g in enumerate(generators)])
 
     return choose
@@ -157,7 +191,7 @@ def _rows_of(density: Callable[[Group], Any], generators: list[Generator]) -> Ch
 
 def _by_sir(
     prior: NoiseContrastivePrior,
-    generators: list[Generator],
+    generators: _Streams,
     temperature: float,
     ess: list[Tensor],
     *,
@@ -189,7 +223,7 @@ def _by_sir(
 
 def _by_langevin(
     prior: NoiseContrastivePrior,
-    generators: list[Generator],
+    generators: _Streams,
     temperature: float,
     ess: list[Tensor],
     *,
@@ -218,7 +252,52 @@ def _by_langevin(
     return choose
 
 
-SAMPLERS: dict[str, Callable[..., Choose]] = {"sir": _by_sir, "langevin": _by_langevin}
+def _by_annealing(
+    prior: NoiseContrastivePrior,
+    generators: _Streams,
+    temperature: float,
+    ess: list[Tensor],
+    *,
+    particles: int,
+    moves: int,
+    chunk: int | None,
+    **_: Any,
+) -> Choose:
+    from_base = _rows_of(lambda group: group.prior.tempered(temperature), generators)
+
+    def choose(k: int, group: Group) -> Tensor:
+        if k not in prior.fitted_groups:
+            ess.append(torch.full((len(generators),), torch.nan))
+            return from_base(k, group)
+        rows = group.prior.tempered(temperature)
+
+        def log_base(z: Tensor, draws: slice) -> Tensor:
+            if group.context is None:  # the same for all rows
+                return rows.row(0).log_prob(z)
+            each = zip(range(len(generators))[draws], z, strict=True)
+            return torch.stack([rows.row(i).log_prob(own) for i, own in each])
+
+        found = annealed(
+            lambda i, m, generator: rows.row(i).sample((m,), generator=generator),
+            log_base,
+            prior.stage_weighers(k, group),
+            len(generators),
+            particles,
+            generator=generators,
+            moves=moves,
+            chunk=chunk or prior.chunk(k),
+        )
+        ess.append(found.ess)
+        return found.samples
+
+    return choose
+
+
+SAMPLERS: dict[str, Callable[..., Choose]] = {
+    "sir": _by_sir,
+    "langevin": _by_langevin,
+    "annealed": _by_annealing,
+}
 
 
 def _check(**positive: float) -> None:

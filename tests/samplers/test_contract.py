@@ -7,7 +7,7 @@ from toys import ExactFlat, TwoGroups, standard_normal
 import ncprior
 from ncprior.ratios import MLPRatio
 
-WAYS = ["base", "reconstruction", "sir", "langevin"]
+WAYS = ["base", "reconstruction", "sir", "langevin", "annealed"]
 
 
 class WithContext(torch.nn.Module):
@@ -40,14 +40,14 @@ def model(request):
 def drawn(request, model):
     """num, options -> Draws, one way of drawing."""
     vae, prior = model
-    options = {"proposals": 50, "steps": 20, "final_step_size": 0.01}
+    options = {"proposals": 50, "steps": 20, "final_step_size": 0.01, "particles": 6}
     if request.param == "reconstruction":
         size = (5, 1, 1, getattr(vae, "size", 2))
         images = torch.rand(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         options["images"] = images
     elif request.param != "base":
         options["sampler"] = request.param
-    chosen = prior if request.param in ("sir", "langevin") else None
+    chosen = prior if request.param in ("sir", "langevin", "annealed") else None
     return lambda num, **more: ncprior.draw(vae, chosen, num, **(options | more))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ncprior.groups import check_groups
 from ncprior.numerics import LogZ
 from ncprior.priors.pretrained import load_prior, save_prior
-from ncprior.ratios import RatioNetwork, UnitRatio
+from ncprior.ratios import RatioNetwork, SummedRatio, UnitRatio
 from ncprior.walk import Density, Group
 
 
@@ -82,7 +82,19 @@ class NoiseContrastivePrior(nn.Module):
 
         What the context adds to the network is computed here, once for all proposals.
         """
-        ratio, dtype = self.ratios[k], self.weighs_in
+        parts = self.stage_weighers(k, group)
+        if len(parts) == 1:
+            return parts[0]
+        return lambda z, rows: torch.stack([part(z, rows) for part in parts]).sum(0)
+
+    def stage_weighers(self, k: int, group: Group) -> list[Callable[[Tensor, slice], Tensor]]:
+        """As `weigher`, one for each stage of the ratio; log r is their sum."""
+        ratio = self.ratios[k]
+        parts = ratio.parts if isinstance(ratio, SummedRatio) else [ratio]
+        return [self._weigher(part, group) for part in parts]
+
+    def _weigher(self, ratio: nn.Module, group: Group) -> Callable[[Tensor, slice], Tensor]:
+        dtype = self.weighs_in
         context = group.context
         if dtype is not None and context is not None:
             context = context.to(dtype)

@@ -17,7 +17,7 @@ from ncprior.priors.mixture import GaussianMixture
 from ncprior.priors.snis import SNISPrior
 from ncprior.priors.two_stage import TwoStagePrior
 from ncprior.priors.vamp import VampPrior
-from ncprior.ratios import NETWORKS, UnitRatio
+from ncprior.ratios import NETWORKS, SummedRatio, UnitRatio
 from ncprior.storage import load_tensors, restore, save_tensors
 
 FORMAT = 2
@@ -110,10 +110,7 @@ def load_density(directory: str | Path) -> Any:
 
 
 def _from_config(cls: type, config: dict[str, Any]) -> Any:
-    ratios: list[nn.Module] = []
-    for options in config["ratios"]:
-        name = options.pop("network")
-        ratios.append(UnitRatio() if name == "unit" else NETWORKS[name](**options))
+    ratios = [_ratio(options) for options in config["ratios"]]
     base = None
     if config["base"] is not None:
         with first_weights(0):  # thrown away
@@ -122,6 +119,14 @@ def _from_config(cls: type, config: dict[str, Any]) -> Any:
     prior = cls(ratios, base, log_z=log_z)
     prior.record = config["record"]
     return prior
+
+
+def _ratio(options: dict[str, Any]) -> nn.Module:
+    """A ratio with fresh weights from its config."""
+    name = options.pop("network")
+    if name == "summed":
+        return SummedRatio([_ratio(part) for part in options["parts"]])  # type: ignore[misc]
+    return UnitRatio() if name == "unit" else NETWORKS[name](**options)
 
 
 def _config(module: Any, what: str) -> dict[str, Any]:

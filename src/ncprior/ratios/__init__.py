@@ -7,6 +7,7 @@ from ncprior.ratios.flat import MLPRatio, ResidualRatio
 from ncprior.ratios.nce import calibrate, jsd, nce_loss
 from ncprior.ratios.network import RatioNetwork
 from ncprior.ratios.stacking import join, split
+from ncprior.ratios.summed import SummedRatio
 from ncprior.ratios.unit import UnitRatio
 
 NETWORKS: dict[str, Any] = {"mlp": MLPRatio, "residual": ResidualRatio, "conv": ConvRatio}
@@ -17,6 +18,7 @@ __all__ = [
     "MLPRatio",
     "RatioNetwork",
     "ResidualRatio",
+    "SummedRatio",
     "UnitRatio",
     "calibrate",
     "join",
