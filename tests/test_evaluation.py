@@ -5,9 +5,13 @@ import torch
 from toys import ExactFlat, gaussian_images, standard_normal
 
 import ncprior
+from ncprior import evaluation, sources
 from ncprior.data import random_splits
-from ncprior.evaluation import draw_each, frechet_figures, gap_closed, nll_figures, training_images
+from ncprior.evaluation import draw_each
 from ncprior.metrics import moment_blocks
+from ncprior.nll_figures import nll_figures
+from ncprior.quality_figures import frechet_figures, gap_closed
+from ncprior.sources import Kept, Source, training_images
 
 
 class Double(ExactFlat):
@@ -97,7 +101,9 @@ def test_training_images_are_as_the_encoder_reads_them(binary_digits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrics": ["fid"]}, "metrics must be fd or nll, got fid"),
+        ({"metrics": ["fid"]}, "metrics must be some of nll, fd, .*, got fid"),
+        ({"metrics": []}, "metrics must be some of"),
+        ({"priors": {"base": None}}, "priors must have other names than base"),
         ({"metrics": ["nll"], "images": 1}, "images and log_z_draws must be at least 2"),
         ({"metrics": ["fd"], "samples": 10}, "samples must be at least 40"),
     ],
@@ -107,12 +113,67 @@ def test_arguments(options, message, data, splits):
         ncprior.evaluate(Double(), tilted(), data, splits, **options)
 
 
-def test_fd_needs_a_prior(data, splits):
-    with pytest.raises(ValueError, match='"fd" compares priors'):
-        ncprior.evaluate(Double(), None, data, splits)
+OPTIONS = {"samples": 60, "proposals": 10, "images": 5, "log_z_draws": 100}
 
 
 def test_evaluate_measures_both(data, splits):
-    options = {"samples": 60, "proposals": 10, "images": 5, "log_z_draws": 100}
-    found = ncprior.evaluate(Double(), tilted(), data, splits, **options)
+    found = ncprior.evaluate(Double(), tilted(), data, splits, **OPTIONS)
     assert {"nll_base", "nll_ncp", "nll_gain", "nll_log_z", "fd_base", "gap_closed"} <= set(found)
+
+
+def test_evaluate_a_vae_alone(data, splits):
+    found = ncprior.evaluate(Double(), None, data, splits, **OPTIONS)
+    assert {"nll_base", "fd_base", "fd_reconstruction"} <= set(found)
+    assert not any(name.endswith("ncp") for name in found)
+
+
+def test_further_priors_are_measured_on_the_same_draws(data, splits):
+    """The base itself under another name: every figure of it is the same."""
+    priors = {"twin": standard_normal(2)}
+    found = ncprior.evaluate(Double(), tilted(), data, splits, priors=priors, **OPTIONS)
+    assert found["nll_twin"].value == pytest.approx(found["nll_base"].value, abs=1e-9)
+    assert found["fd_twin"] == found["fd_base"]
+    header = next(line for line in str(found).splitlines() if "figure" in line)
+    positions = [header.index(name) for name in ("base", "ncp", "twin", "reconstruction")]
+    assert positions == sorted(positions)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_stopped_evaluation_goes_on(data, splits, tmp_path, monkeypatch):
+    """Draws and finished figures are taken up; nothing is left behind at the end."""
+    whole = ncprior.evaluate(Double(), tilted(), data, splits, **OPTIONS)
+    options = OPTIONS | {"directory": tmp_path / "kept"}
+
+    def stop(*_, **__):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "quality_figures", stop)
+        with pytest.raises(Stop):
+            ncprior.evaluate(Double(), tilted(), data, splits, **options)
+    with monkeypatch.context() as patch:  # what was done is not done again
+        patch.setattr(evaluation, "measure_nll", stop)
+        patch.setattr(sources, "draw", stop)
+        again = ncprior.evaluate(Double(), tilted(), data, splits, resume=True, **options)
+    assert again == whole and not (tmp_path / "kept").exists()
+
+
+def test_other_settings_are_not_taken_up(data, splits, tmp_path, monkeypatch):
+    kept = Kept(tmp_path)
+    source = Source(Double())
+    first = kept.draws("base", source, 50, seed=0, progress=False)
+    assert torch.equal(kept.draws("base", source, 50, seed=0, progress=False).images, first.images)
+    other = kept.draws("base", source, 50, seed=1, progress=False)
+    assert not torch.equal(other.images, first.images)
+    narrow = kept.draws("base", source, 50, seed=0, progress=False, temperature=0.5)
+    assert not torch.equal(narrow.images, first.images)
+
+
+def test_parts_are_the_draws_of_one_call(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PART", 7)
+    found = Kept(tmp_path).draws("ncp", Source(Double(), tilted()), 20, seed=3, progress=False)
+    whole = ncprior.draw(Double(), tilted(), 20, seed=3)
+    assert torch.equal(found.images, whole.images) and torch.equal(found.ess, whole.ess)

@@ -16,6 +16,7 @@ RANKS = {
     3: {"readjustment", "generation", "evaluation", "diagnosis", "sources", "comparison"}
     | {"quality_figures", "feature_training"}
     | {"nll_figures", "nll_words"}
+    | {"latent_figures", "answers"}
     | {"group_samples", "group_figures", "group_findings"},
     4: {"pipeline", "report", "app"},
     5: {"cli", "__main__"},

@@ -23,6 +23,11 @@ converters = typer.Typer(
 )
 app.add_typer(converters, name="convert")
 
+feature_spaces = typer.Typer(
+    help="Train a feature space in which samples are measured.", no_args_is_help=True
+)
+app.add_typer(feature_spaces, name="features")
+
 STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -60,6 +65,13 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn
 Proposals = Annotated[int, typer.Option(min=1, help="SIR's pool for each draw.")]
 Groups = Annotated[
     str | None, typer.Option(help="Latent groups that use the NCP, such as 0-4,7; all by default.")
+]
+
+Features = Annotated[
+    str | None,
+    typer.Option(
+        help="Feature space: pixels, pca-64, mnist, inception, or what features train made."
+    ),
 ]
 
 
@@ -265,34 +277,98 @@ def diagnose(
 @app.command()
 def evaluate(
     run: RunArgument,
-    metrics: Annotated[str, typer.Option(help="Comma-separated: fd, nll.")] = "fd,nll",
-    samples: Annotated[int, typer.Option(min=40, help="Images for fd.")] = 10_000,
+    priors: Annotated[
+        str, typer.Option(help="Comma-separated: base, ncp, and priors that compare fitted.")
+    ] = "base,ncp",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: nll, fd, fd_infinity, kid, prdc, near, modes, mmd, c2st, swd."
+        ),
+    ] = "fd,nll",
+    samples: Annotated[int, typer.Option(min=40, help="Images from each prior.")] = 10_000,
+    sampler: Annotated[Sampler, typer.Option(help="How to draw from the NCP.")] = Sampler.sir,
     proposals: Proposals = 1000,
     images: Annotated[int, typer.Option(min=2, help="Test images for nll.")] = 1000,
     importance_samples: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 200,
     log_z_draws: Annotated[int, typer.Option(min=2, help="Base draws for log Z.")] = 2_000_000,
+    features: Features = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="What tells classes, for modes; the features by default.")
+    ] = None,
     seed: Seed = 0,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Score base prior and NCP: Frechet distance and negative log-likelihood."""
+    """Score priors: likelihood, sample quality and closeness of the latents. One table.
+
+    docs/measures.md says which figure to trust when.
+    """
     from ncprior.figures import as_json as figures_as_json
-    from ncprior.figures import as_text, table
     from ncprior.pipeline import evaluate_run
     from ncprior.runs import Run
 
-    figures = evaluate_run(
+    scores = evaluate_run(
         Run.open(run),
-        metrics=[name.strip() for name in metrics.split(",")],
+        priors=_names(priors),
+        metrics=_names(metrics),
         samples=samples,
+        sampler=sampler.value,
         proposals=proposals,
         images=images,
         importance_samples=importance_samples,
         log_z_draws=log_z_draws,
+        features=features,
+        classifier=classifier,
         seed=seed,
+        resume=resume,
         progress=not as_json,
     )
-    content = _flat(figures) | {"figures": figures_as_json(figures)}
-    _show(content, as_json, as_text(table(figures)))
+    content = _flat(scores) | {"warnings": scores.warnings, "figures": figures_as_json(scores)}
+    _show(content, as_json, scores)
+
+
+@app.command()
+def compare(
+    run: RunArgument,
+    priors: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: gaussian, mixture, vamp, flow, autoregressive, two-stage, "
+            "diffusion, lars, snis, ebm, ncp, ncp-mixture, ncp-multistage."
+        ),
+    ] = "gaussian,mixture,vamp,flow,diffusion,two-stage,lars,snis,ebm,ncp,ncp-multistage",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 up to this.")] = 5,
+    metrics: Annotated[
+        str, typer.Option(help="Comma-separated: nll, fd, fd_infinity, kid, prdc, near, modes.")
+    ] = "nll,fd,kid,prdc",
+    samples: Annotated[int, typer.Option(min=40, help="Images from each prior.")] = 10_000,
+    proposals: Proposals = 1000,
+    images: Annotated[int, typer.Option(min=2, help="Test images for nll.")] = 1000,
+    importance_samples: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 100,
+    features: Features = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Which prior should this VAE have? Fit several on it and measure them side by side."""
+    from ncprior.pipeline import compare_run
+    from ncprior.runs import Run
+
+    found = compare_run(
+        Run.open(run),
+        priors=_names(priors),
+        seeds=seeds,
+        metrics=_names(metrics),
+        samples=samples,
+        proposals=proposals,
+        images=images,
+        importance_samples=importance_samples,
+        features=features,
+        resume=resume,
+        progress=not as_json,
+    )
+    content = {"run": str(run), "scores": [score._asdict() for score in found.scores]}
+    _show(content, as_json, f"{found}\n\nAs Markdown and as a picture in {run}/compare.")
 
 
 @app.command()
@@ -342,6 +418,47 @@ def convert_nvae(
     _show(content, as_json, text)
 
 
+@feature_spaces.command("train")
+def train_feature_space(
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET", help="digits, a path of idx or parquet files, or a recipe."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to make; evaluate takes it as --features.")],
+    class_names: Annotated[
+        str | None, typer.Option(help="Comma-separated; the numbers 0, 1, ... by default.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes through the training images.")] = 10,
+    seed: Seed = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a small classifier on labelled images: its classes and features measure samples."""
+    from ncprior.feature_training import train_feature_directory
+
+    content = train_feature_directory(
+        dataset,
+        out,
+        class_names=class_names.split(",") if class_names else None,
+        epochs=epochs,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
+        device=device or "auto",
+        progress=not as_json,
+    )
+    text = (
+        f"Features {content['name']} ({content['sha256'][:8]}) in {out}; right on "
+        f"{content['test_accuracy']:.2%} of {content['test_images']} test images. "
+        f"Next: ncprior evaluate RUN --metrics fd,kid,prdc,modes --features {out}"
+    )
+    _show({"out": str(out)} | content, as_json, text)
+
+
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2."""
     try:
@@ -380,6 +497,10 @@ def _flat(figures: Any) -> dict[str, float]:
     values = {name: figure.value for name, figure in figures.items()}
     errors = {f"{name}_se": f.se for name, f in figures.items() if f.se is not None}
     return values | errors
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _last_row(path: Path) -> dict[str, float]:

@@ -1,31 +1,51 @@
-"""Scores of the base prior and of a noise contrastive prior on the same images and draws."""
+"""Scores of base prior, noise contrastive prior and others, on the same images and draws."""
 
-import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ncprior.data import ImageDataset, Splits, as_data
-from ncprior.figures import Figures
-from ncprior.generation import Draws, draw
-from ncprior.metrics import Features
-from ncprior.nll_figures import nll_figures
-from ncprior.numerics import stream
+from ncprior.figures import Figure, Figures, as_json, as_text, from_json, table
+from ncprior.generation import Draws
+from ncprior.latent_figures import latent_figures
+from ncprior.nll_figures import measure_nll
 from ncprior.priors import NoiseContrastivePrior
-from ncprior.quality_figures import frechet_figures, gap_closed
+from ncprior.quality_figures import METRICS as QUALITY_METRICS
+from ncprior.quality_figures import Spec, quality_figures
+from ncprior.sources import Kept, Source, reconstructions
 
-__all__ = [
-    "draw_each",
-    "evaluate",
-    "frechet_figures",
-    "gap_closed",
-    "nll_figures",
-    "training_images",
-]
+LATENT_METRICS = ("mmd", "c2st", "swd")
+METRICS = ("nll", *QUALITY_METRICS, *LATENT_METRICS)
+FEWEST_SAMPLES = 40
 
-RECONSTRUCTED_IMAGES = 20_000
-RECONSTRUCTED_NUMBERS = 1 << 26  # pixels times channels held for them
+
+class Scores(dict[str, Figure]):
+    """Figures by name, and what to be careful about; prints as a table with a column a source."""
+
+    def __init__(self, figures: Figures, sources: Sequence[str], warnings: Sequence[str]) -> None:
+        super().__init__(figures)
+        self.sources, self.warnings = list(sources), list(warnings)
+
+    def __str__(self) -> str:
+        from rich.table import Table
+
+        cells, rest = _by_source(self, self.sources)
+        found = Table("figure", *self.sources, "unit", "samples")
+        for column in found.columns[1:]:
+            column.justify = "right"
+        for stem, of_source in cells.items():
+            first = next(iter(of_source.values()))
+            texts = [
+                f"{f.text()} {f.error()}" if (f := of_source.get(name)) else ""
+                for name in self.sources
+            ]
+            found.add_row(stem.replace("_", " "), *texts, first.unit, f"{first.samples:,}")
+        parts = [as_text(found, width=160)] if cells else []
+        if rest:
+            parts.append(as_text(table(rest)))
+        return "\n".join([*parts, *(f"! {warning}" for warning in self.warnings)])
 
 
 def evaluate(
@@ -34,57 +54,105 @@ def evaluate(
     data: ImageDataset | Tensor,
     splits: Splits | None = None,
     *,
-    metrics: list[str] | None = None,
+    priors: Mapping[str, Any] | None = None,
+    metrics: Sequence[str] = ("fd", "nll"),
     samples: int = 10_000,
     proposals: int = 1000,
     images: int = 1000,
     importance_samples: int = 200,
     log_z_draws: int = 2_000_000,
-    features: Features | None = None,
+    features: Spec | None = None,
+    classifier: Spec | None = None,
     seed: int = 0,
+    directory: Path | None = None,
+    resume: bool = False,
     progress: bool = False,
-) -> Figures:
-    """The metrics asked for, "fd" and "nll"; see `frechet_figures` and `nll_figures`.
+    **options: Any,
+) -> Scores:
+    """Measure the base prior, a noise contrastive prior and others by the same draws and images.
+
+    Args:
+        vae: The VAE.
+        prior: The noise contrastive prior, named "ncp"; None measures the base alone.
+        data: The VAE's images, or a tensor (n, c, h, w) in [0, 1].
+        splits: Which of them are for training, validation and test; 80/10/10 at random by default.
+        priors: Further priors by name, of a flat VAE: densities or noise contrastive priors.
+        metrics: "nll" (see `measure_nll`); "fd", "fd_infinity", "kid", "prdc", "near", "modes" (see
+            `quality_figures`); "mmd", "c2st", "swd" (see `latent_figures`).
+        samples: Images drawn from each prior and from the aggregate posterior.
+        proposals: SIR's pool.
+        images: Test images for the likelihood.
+        importance_samples: Posterior draws for each of them.
+        log_z_draws: Base draws for log Z.
+        features: Feature space of the sample measures; see `load_features`.
+        classifier: What tells classes, for "modes"; `features` if these do.
+        seed: Seed of all that is drawn.
+        directory: Where draws and finished figures are kept until all is done; nowhere by default.
+        resume: Take up what an earlier call left there.
+        progress: Show progress bars.
+        options: Other arguments of `draw`, such as `sampler`.
 
     Raises:
-        ValueError: an unknown metric, or "fd" without a prior.
+        ValueError: an unknown metric, a count that is too small, or a prior for another VAE.
     """
-    wanted = metrics or ["fd", "nll"]
-    unknown = set(wanted) - {"fd", "nll"}
-    if unknown:
-        raise ValueError(f"metrics must be fd or nll, got {', '.join(sorted(unknown))}")
-    if "fd" in wanted and prior is None:
-        raise ValueError('the metric "fd" compares priors and needs one; fit it with fit_prior')
-    data, splits = as_data(data, splits, seed)
-    figures: Figures = {}
-    if "nll" in wanted:
-        figures |= nll_figures(
-            vae,
-            data,
-            splits,
-            prior,
-            images=images,
-            importance_samples=importance_samples,
-            log_z_draws=log_z_draws,
-            seed=seed,
-            progress=progress,
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(
+            f"metrics must be some of {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}"
         )
-    if "fd" in wanted:
-        options = {"proposals": proposals, "progress": progress}
-        draws = draw_each(vae, prior, data, splits, samples, seed=seed, **options)
-        figures |= frechet_figures(draws, data, splits, features, seed)
-    return figures
+    if samples < FEWEST_SAMPLES:
+        raise ValueError(f"samples must be at least {FEWEST_SAMPLES}, got {samples}")
+    if taken := {"base", "ncp", "reconstruction"} & set(priors or {}):
+        raise ValueError(f"priors must have other names than {', '.join(sorted(taken))}")
+    data, splits = as_data(data, splits, seed)
+    kept = Kept(directory, resume=resume)
+    identity = [Source.of(vae, p).identity() for p in (prior, *(priors or {}).values())]
+    figures: Figures = {}
+    warnings: list[str] = []
 
+    def add(name: str, settings: Any, measure: Callable[[], tuple[Figures, list[str]]]) -> None:
+        with kept.answer(name, settings, identity, seed) as content:
+            if not content:
+                found, said = measure()
+                content |= {"figures": as_json(found), "warnings": said}
+            figures.update(from_json(content["figures"]))
+            warnings.extend(content["warnings"])
 
-def training_images(data: ImageDataset, splits: Splits, seed: int) -> Tensor:
-    """Training images as the encoder reads them, some of them where there are very many."""
-    rows, numbers = splits.train, math.prod(data.image_shape)
-    most = max(1, min(RECONSTRUCTED_IMAGES, RECONSTRUCTED_NUMBERS // numbers))
-    if len(rows) > most:
-        order = torch.randperm(len(rows), generator=stream(seed, "reconstructed rows"))
-        rows = rows[order[:most]]
-    draws = stream(seed, "reconstructed images") if data.redrawn else None
-    return data.batch(rows, generator=draws)
+    if "nll" in metrics:
+        counts: dict[str, Any] = {
+            "images": images,
+            "importance_samples": importance_samples,
+            "log_z_draws": log_z_draws,
+        }
+
+        def likelihood() -> tuple[Figures, list[str]]:
+            found = measure_nll(
+                vae, data, splits, prior, others=priors, seed=seed, progress=progress, **counts
+            )
+            return found.figures, found.warnings
+
+        add("likelihood", counts, likelihood)
+    quality = [name for name in metrics if name in QUALITY_METRICS]
+    latents = [name for name in metrics if name in LATENT_METRICS]
+    names = ["base", *(["ncp"] if prior is not None else []), *(priors or {})]
+    if quality or latents:
+        options |= {"proposals": proposals, "progress": progress}
+        draws = draw_each(
+            vae, prior, data, splits, samples, priors=priors, seed=seed, kept=kept, **options
+        )
+        names = list(draws)
+        if quality:
+            settings = [quality, str(features), str(classifier), samples]
+            add("quality", settings, lambda: (quality_figures(
+                draws, data, splits, metrics=quality, features=features, classifier=classifier,
+                seed=seed, progress=progress,
+            ), []))  # fmt: skip
+        if latents:
+            add("latents", [latents, samples], lambda: (latent_figures(
+                vae, prior, data, splits, draws, metrics=latents, seed=seed, progress=progress,
+            ), []))  # fmt: skip
+    kept.clear()
+    return Scores(figures, names, warnings)
 
 
 def draw_each(
@@ -94,17 +162,41 @@ def draw_each(
     splits: Splits,
     samples: int,
     *,
+    priors: Mapping[str, Any] | None = None,
     seed: int = 0,
+    kept: Kept | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> dict[str, Draws]:
-    """`samples` images from each of base, ncp and reconstruction; `options` are those of `draw`."""
-    if samples < 40:
-        raise ValueError(f"samples must be at least 40 for a Frechet distance, got {samples}")
+    """`samples` images from each of base, ncp (if there is one), others, and reconstruction.
+
+    `options` are those of `draw`. The base is the one that the NCP stands on.
+    """
+    if samples < FEWEST_SAMPLES:
+        raise ValueError(f"samples must be at least {FEWEST_SAMPLES}, got {samples}")
+    kept = kept or Kept(None)
     under = vae if prior is None else prior.under(vae)
+    sources = {"base": Source(under)}
+    if prior is not None:
+        sources["ncp"] = Source(vae, prior)
+    sources |= {name: Source.of(vae, other) for name, other in (priors or {}).items()}
+    sources["reconstruction"] = reconstructions(vae, data, splits, seed)
     return {
-        "base": draw(under, None, samples, seed=seed, **options),
-        "ncp": draw(vae, prior, samples, seed=seed, **options),
-        "reconstruction": draw(
-            vae, None, samples, images=training_images(data, splits, seed), seed=seed, **options
-        ),
+        name: kept.draws(name, source, samples, seed=seed, progress=progress, **options)
+        for name, source in sources.items()
     }
+
+
+def _by_source(
+    figures: Figures, sources: Sequence[str]
+) -> tuple[dict[str, dict[str, Figure]], Figures]:
+    """Figures named STEM_SOURCE by stem and source, and the others."""
+    cells: dict[str, dict[str, Figure]] = {}
+    rest: Figures = {}
+    for name, figure in figures.items():
+        source = next((s for s in sources if name.endswith(f"_{s}")), None)
+        if source is None or name.startswith("log_z_"):
+            rest[name] = figure
+        else:
+            cells.setdefault(name.removesuffix(f"_{source}"), {})[source] = figure
+    return cells, rest

@@ -158,9 +158,7 @@ def measure_nll(
             table.add("snis", found.nll["snis"], found.pool_se, said)
         table.figures["nll_log_z"] = log_z_figure(z, seed, chosen)
         for method in methods:
-            table.figures[f"log_z_{method}"] = log_z_figure(
-                estimates[method], seed, METHOD_NAMES[method]
-            )
+            table.figures[f"log_z_{method}"] = log_z_figure(estimates[method], seed, method)
         warnings += log_z_warnings(estimates)
     for name in others or {}:
         table.add(name, found.nll[name], 0.0, found.said(name))

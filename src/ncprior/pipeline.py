@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from ncprior.comparison import COMPARED, Comparison, compare, load_fitted, save_comparison
 from ncprior.data import ImageDataset, Splits
 from ncprior.diagnosis import Diagnosis, diagnose
-from ncprior.evaluation import evaluate, training_images
-from ncprior.figures import Figures
+from ncprior.evaluation import Scores, evaluate
 from ncprior.generation import Draws, draw
 from ncprior.groups import check_groups, spell_groups
 from ncprior.numerics import stream_seed
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.recipes import Recipe, check_recipe
+from ncprior.report.pictures import grid
 from ncprior.runs import Run
 from ncprior.shares import Parts, process_place, share_of
-from ncprior.storage import replacing
+from ncprior.sources import training_images
+from ncprior.storage import replacing, write_bytes
 from ncprior.training import fit_prior, train_vae
 from ncprior.training.processes import in_turn, make_fabric
 from ncprior.vaes import build_vae
@@ -28,6 +30,10 @@ from ncprior.vaes.nvae.checkpoint import load_published
 
 KEPT_SECTIONS = ("data", "fit", "diagnose")
 """What a recipe says of a VAE that was trained elsewhere."""
+
+BUILT_IN = ("base", "ncp")
+PICTURED = 10
+"""Images of each prior in the picture of a comparison."""
 
 DEMO: Recipe = {
     "data": {"source": "digits"},
@@ -175,14 +181,64 @@ def diagnose_run(run: Run, *, progress: bool = True, **changes: Any) -> Diagnosi
     return found
 
 
-def evaluate_run(run: Run, *, progress: bool = True, **options: Any) -> Figures:
-    """Score base prior and NCP; add the figures to the run."""
+def evaluate_run(
+    run: Run,
+    *,
+    priors: Sequence[str] = ("base", "ncp"),
+    resume: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Scores:
+    """Score base prior, NCP and priors that `compare` fitted; add the figures to the run."""
     vae = run.load_vae()
-    prior = run.load_prior(vae) if run.has_prior else None
+    prior = None
+    if "ncp" in priors and (run.has_prior or tuple(priors) != ("base", "ncp")):
+        prior = run.load_prior(vae)
+    others = {name: load_compared(run, vae, name) for name in priors if name not in BUILT_IN}
     data, splits = run.load_data()
-    figures = evaluate(vae, prior, data, splits, progress=progress, **options)
-    run.add_metrics(figures)
-    return figures
+    scores = evaluate(
+        vae,
+        prior,
+        data,
+        splits,
+        priors=others,
+        directory=run.path / "samples" / "evaluate",
+        resume=resume,
+        progress=progress,
+        **options,
+    )
+    run.add_metrics(scores)
+    return scores
+
+
+def load_compared(run: Run, vae: Any, name: str) -> Any:
+    """A prior that `compare` fitted on this VAE with seed 0."""
+    where = run.path / "compare" / "priors"
+    found = load_fitted(where, name, 0, vae) if name in COMPARED else None
+    if found is None:
+        have = sorted({path.parent.name.rpartition("-")[0] for path in where.glob("*/fit.json")})
+        raise ValueError(
+            f"priors must be of base, ncp and those that were fitted ({', '.join(have) or 'none'}),"
+            f" got {name!r}; fit it with 'ncprior compare {run.path} --priors {name}'"
+        )
+    return found[0]
+
+
+def compare_run(run: Run, *, progress: bool = True, **options: Any) -> Comparison:
+    """Fit and measure priors side by side; RUN/compare gets the table, the scores and a picture."""
+    vae = run.load_vae()
+    data, splits = run.load_data()
+    fit = {k: v for k, v in run.section("fit").items() if k not in ("base", "groups", "seed")}
+    where = run.path / "compare"
+    found = compare(
+        vae, data, splits, fit=fit, directory=where / "priors", progress=progress, **options
+    )
+    save_comparison(found, where)
+    write_bytes(where / "comparison.md", found.markdown().encode())
+    if found.pictures:
+        shown = [images[:PICTURED] for images in found.pictures.values()]
+        write_bytes(where / "comparison.png", grid(torch.cat(shown), columns=PICTURED))
+    return found
 
 
 def sample_run(run: Run, which: str, out: Path, *, seed: int, **options: Any) -> Draws:

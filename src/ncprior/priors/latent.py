@@ -14,6 +14,7 @@ class LatentPrior(nn.Module):
     """
 
     normalized: bool
+    draws_together = 500  # one draw takes nearly as long as many
     loc: Tensor  # (d,)
     spread: Tensor  # (d,)
 

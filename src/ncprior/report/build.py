@@ -14,7 +14,6 @@ from torch import Tensor
 from ncprior import __version__
 from ncprior.data import ImageDataset, Splits
 from ncprior.diagnosis import held_out_figures
-from ncprior.evaluation import training_images
 from ncprior.generation import Draws, draw
 from ncprior.group_figures import overall
 from ncprior.numerics import stream
@@ -22,6 +21,7 @@ from ncprior.priors import NoiseContrastivePrior
 from ncprior.report import facts, latents, plots, words
 from ncprior.report.pictures import grid
 from ncprior.runs import Run
+from ncprior.sources import training_images
 from ncprior.storage import write_bytes
 
 COLUMNS = 8

@@ -1,0 +1,155 @@
+import math
+
+import pytest
+import torch
+from toys import SPREAD, TwoGroups, gaussian_images, linear_vae
+
+import ncprior
+from ncprior.comparison import Comparison, Score, compare, load_comparison, save_comparison
+from ncprior.data import random_splits
+
+SMALL_FIT = {
+    "steps": 60,
+    "evaluate_every": 30,
+    "network_options": {"width": 8, "blocks": 1, "members": 1},
+    "log_z_draws": 500,
+}
+
+
+@pytest.fixture
+def data(rng):
+    return ncprior.ImageDataset(gaussian_images(500, rng))
+
+
+@pytest.fixture
+def splits():
+    return random_splits(500, 50, 120, seed=0)
+
+
+def vae(**changes):
+    """`linear_vae` whose decoder undoes its encoder."""
+    found = linear_vae(**changes)
+    with torch.no_grad():
+        found.decoder.layer.weight.copy_(SPREAD / 0.6 * torch.eye(2))
+        found.decoder.layer.bias.fill_(0.5 - SPREAD / 0.6 * 0.8)
+    return found
+
+
+def options(**changes):
+    return {
+        "priors": ["gaussian", "mixture", "ncp"],
+        "seeds": 2,
+        "samples": 200,
+        "proposals": 50,
+        "images": 20,
+        "importance_samples": 5,
+        "fit": SMALL_FIT,
+    } | changes
+
+
+def test_better_priors_score_better(data, splits):
+    """q(z) is N(0.8, 0.6^2): the mixture is nearly that, N(0, I) is not."""
+    found = compare(vae(), data, splits, **options())
+    by = {(s.prior, s.seed): s.values for s in found.scores}
+    for seed in (0, 1):
+        base, mixture = by["gaussian", seed], by["mixture", seed]
+        assert mixture["fd"] < base["fd"] and mixture["nll"] < base["nll"]
+        assert base["gap_closed"] == 0 and mixture["gap_closed"] > 0.8
+        assert by["ncp", seed]["fd"] < base["fd"]
+    assert found.pictures.keys() == {"gaussian", "mixture", "ncp", "reconstruction"}
+    text = str(found)
+    assert "mixture" in text and "2 seeds" in text
+    assert found.markdown().count("\n") == 5
+
+
+def test_kept_priors_are_not_fitted_again(data, splits, tmp_path, monkeypatch):
+    once = compare(vae(), data, splits, directory=tmp_path, **options(seeds=1))
+
+    def fail(*_, **__):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr("ncprior.comparison.fit_prior", fail)
+    monkeypatch.setattr("ncprior.comparison.fit_density", fail)
+    again = compare(vae(), data, splits, directory=tmp_path, resume=True, **options(seeds=1))
+    timed = ("fit_seconds", "seconds_per_1000")
+    for a, b in zip(once.scores, again.scores, strict=True):
+        for name in a.values.keys() - set(timed):
+            assert a.values[name] == pytest.approx(b.values[name], rel=1e-5), name
+        assert a.values["fit_seconds"] == b.values["fit_seconds"]
+    other = vae()  # whose priors these are not
+    other.decoder.layer.bias.data += 0.01
+    with pytest.raises(AssertionError, match="fitted again"):
+        compare(other, data, splits, directory=tmp_path, resume=True, **options(seeds=1))
+
+
+def scores(**values):
+    return [
+        Score(prior, seed, {"fd": value})
+        for prior, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+
+
+def cells(**values):
+    return {row[0]: row[1] for row in Comparison(scores(**values), {}, {}).table()[1:]}
+
+
+def test_the_best_is_marked_only_beyond_the_intervals():
+    clear = cells(a=[1.0, 1.1, 1.05], b=[2.0, 2.1, 2.05])
+    assert clear["a"].startswith("**") and not clear["b"].startswith("**")
+    # Differences -1, 1, -0.3: nothing can be said.
+    assert not any("**" in cell for cell in cells(a=[1.0, 2.0, 1.0], b=[2.0, 1.0, 1.3]).values())
+    # Paired: each seed moves both, the difference is always 0.1.
+    paired = cells(a=[1.0, 5.0, 3.0], b=[1.1, 5.11, 3.1])
+    assert paired["a"].startswith("**")
+    assert not any("**" in cell for cell in cells(a=[1.0], b=[2.0]).values())
+
+
+def test_intervals_are_students(tmp_path):
+    """Of 1, 2, 3: sd 1, so half a 95 % interval is 4.303 / sqrt(3)."""
+    cell = cells(a=[1.0, 2.0, 3.0])["a"]
+    assert cell == f"2.0 ± {4.303 / math.sqrt(3):.1f}"
+    found = Comparison(scores(a=[1.0, 2.0]), {}, {})
+    save_comparison(found, tmp_path)
+    assert load_comparison(tmp_path).scores == found.scores
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"priors": ["gaussian", "flew"]}, "priors must be some of .*, got flew"),
+        ({"priors": []}, "priors must be some of .*, got none"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"samples": 10}, "samples at least 40"),
+    ],
+)
+def test_arguments(changes, message, data, splits):
+    with pytest.raises(ValueError, match=message):
+        compare(vae(), data, splits, **options(**changes))
+
+
+def test_hierarchical_vaes_are_refused(data, splits):
+    with pytest.raises(ValueError, match="one latent group, this one has 2"):
+        compare(TwoGroups(), data, splits, **options())
+
+
+def test_draws_together_are_those_of_any_batch():
+    """A prior that is drawn in blocks gives the same draws whatever is asked for."""
+
+    class Slow(torch.nn.Module):
+        batch_shape, event_shape, draws_together = (), (2,), 16
+
+        def sample(self, sample_shape=(), *, generator=None):
+            return torch.randn(*sample_shape, 2, generator=generator)
+
+        def log_prob(self, value):
+            return value.sum(-1)
+
+        def tempered(self, temperature):
+            return self
+
+    slow = vae().with_prior(Slow())
+    whole = ncprior.draw(slow, None, 50, seed=1).latents[0]
+    assert torch.equal(ncprior.draw(slow, None, 50, seed=1, batch_size=7).latents[0], whole)
+    assert torch.equal(ncprior.draw(slow, None, 9, seed=1, first=30).latents[0], whole[30:39])
+    assert len(whole.unique(dim=0)) == 50
