@@ -127,7 +127,7 @@ def test_two_groups(data, splits):
     found = measure_nll(vae, data, splits, prior, **SMALL)
     figures, x = found.figures, data.raw(splits.test[:60]).double()
     slope = (vae.c * vae.b + vae.e).item()
-    spread = math.hypot(slope, vae._noise_of_z1())
+    spread = math.hypot(slope, vae._noise_of_z1().item())
     mean = torch.distributions.Normal(0.5 + slope * 0.4, spread)
     exact = -mean.log_prob(x).flatten(1).sum(1)
     error = 4 * math.hypot(figures["nll_log_z"].se, math.sqrt(math.expm1(0.32) / 50 / 60)) + 4e-3
