@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncprior.ratios.folded import Folded, fold
 from ncprior.ratios.network import RatioNetwork, shapes
 
 
@@ -82,6 +83,7 @@ class ConvRatio(RatioNetwork):
             layers += [_Block(stack, channels, channels) for _ in range(blocks)]
         self.trunk = nn.Sequential(*layers)
         self.head = _Conv(stack, width * 2**halvings, 1, 1)
+        self._kept: tuple[list[Any], list[Folded]] | None = None
 
     def member_logits(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.stem(self._channels(z))
@@ -98,8 +100,12 @@ class ConvRatio(RatioNetwork):
         j, m = z.shape[:2]
         x = self.stem(self._channels(z.flatten(0, 1)))
         if embedded is not None:
-            x = (x.unflatten(0, (j, m)) + embedded[:, None]).flatten(0, 1)
-        return self._logits(x).unflatten(1, (j, m))
+            parts, own = x.unflatten(0, (j, m)), embedded[:, None]
+            x = (parts + own if torch.is_grad_enabled() else parts.add_(own)).flatten(0, 1)
+        if self.training or torch.is_grad_enabled():
+            return self._logits(x).unflatten(1, (j, m))
+        each = zip(self._folded(), x.tensor_split(self.members, 1), strict=True)
+        return torch.stack([member(own) for member, own in each]).unflatten(1, (j, m))
 
     def standardize(self, z: Tensor, context: Tensor | None = None) -> None:
         """Nothing to do: z comes in the base's coordinate, and batch norm scales the context."""
@@ -107,6 +113,25 @@ class ConvRatio(RatioNetwork):
     @property
     def numbers_per_row(self) -> int:
         return self.width * math.prod(self.latent_shape[1:])
+
+    def _folded(self) -> list[Folded]:
+        """Each member's trunk and head for sampling; made anew when any number changed."""
+        numbers = [*self.trunk.parameters(), *self.trunk.buffers(), *self.head.parameters()]
+        if any(x.is_inference() for x in numbers):  # they do not count their changes
+            return self._fold()
+        # What is kept along holds the memory, so that no other tensor can come to lie there.
+        found = [(x.data_ptr(), x._version) for x in numbers]
+        if self._kept is None or [at for at, _ in self._kept[0]] != found:
+            held = [(at, x.detach()) for at, x in zip(found, numbers, strict=True)]
+            self._kept = held, self._fold()
+        return self._kept[1]
+
+    def _fold(self) -> list[Folded]:
+        sides = self.latent_shape[1:]
+        return [
+            fold(self.trunk, self.head, sides, self.members, member)
+            for member in range(self.members)
+        ]
 
     def _context_part(self, context: Tensor) -> Tensor:
         return self.context_stem(self.context_norm(self._channels(context)))
