@@ -108,7 +108,7 @@ def test_each_group_has_figures_and_a_line(hierarchical):
     for k, group in enumerate(prior.record["groups"]):
         for name, of_record in (("nce_loss", "loss"), ("jsd", "jsd"), ("kl", "kl")):
             assert figures[f"{name}_{k}"].value == group[of_record]
-        for name in ("ess", "ess_share", "mmd_base", "mmd_ncp", "mmd_gain"):
+        for name in ("ess", "ess_share", "mmd_base", "mmd_ncp", "mmd_gain", "gap_base", "gap_ncp"):
             assert figures[f"{name}_{k}"].error()
         assert figures[f"mmd_base_{k}"].samples == 250
         assert figures[f"ess_share_{k}"].samples == 60  # the pools of what was drawn
@@ -147,8 +147,8 @@ def test_groups_that_keep_their_base(hierarchical):
 def test_without_a_comparison_of_groups(hierarchical):
     vae, images, prior, _ = hierarchical
     found = ncprior.diagnose(vae, images, prior=prior, **GROUPS | {"group_samples": 0})
-    assert not any(name.startswith("mmd") for name in found.figures)
-    assert [f.word for f in found.groups] == ["hole", "no hole"] and "MMD" not in str(found)
+    assert not any(name.startswith(("mmd", "gap_base")) for name in found.figures)
+    assert [f.word for f in found.groups] == ["hole", "no hole"] and "q to NCP" not in str(found)
 
 
 def test_options_are_those_of_draw(hierarchical):
@@ -179,6 +179,6 @@ def test_summary_of_a_fit(diagnosed, hierarchical):
     flat, several = diagnosed[2], hierarchical[2]
     assert fit_summary(flat) == as_text(table(held_out_figures(flat)))
     text = fit_summary(several)
-    assert "Hole: group 0. No hole: group 1." in text and "MMD" not in text
+    assert "Hole: group 0. No hole: group 1." in text and "q to NCP" not in text
     share = several.record["groups"][0]["ess_share"]
     assert f"{100 * share:.1f} %" in text

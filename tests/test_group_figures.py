@@ -1,4 +1,4 @@
-"""MMD of groups where the hole, and what mends it, are known."""
+"""MMDs and gaps of groups where the hole, and what mends it, are known."""
 
 import pytest
 import torch
@@ -33,7 +33,8 @@ def test_mmd_of_a_hole_and_of_the_exact_ratio(toy):
     vae, prior, data, variance = toy
     found = mmd_figures(vae, prior, data, SPLITS, images=600, proposals=100)
     assert {*found} == {
-        *(f"mmd_{name}_0" for name in ("base", "ncp", "gain")), "ess_0", "ess_share_0", "mmd_base_1"
+        *(f"{kind}_{name}_0" for kind in ("mmd", "gap") for name in ("base", "ncp", "gain")),
+        "ess_0", "ess_share_0", "mmd_base_1", "gap_base_1",
     }  # fmt: skip
     base, ncp, gain = (found[f"mmd_{name}_0"] for name in ("base", "ncp", "gain"))
     assert base.samples == 600 and base.unit == "MMD^2"
@@ -70,3 +71,24 @@ def test_names_tell_groups_from_the_whole():
     assert largest_jsd({"jsd": figure}) == (None, figure)
     with pytest.raises(KeyError):
         largest_jsd({"fd_base": figure})
+
+
+def test_gaps_of_a_hole_and_of_the_exact_ratio(toy):
+    """q = N(0, 0.27 I) for p = N(0, I) in three dimensions.
+
+    The best linear functions of squares are far apart; the exact ratio leaves nothing but noise
+    and SIR's bias from 100 proposals, of order 1 / (100 ESS share) = 2 % of the gap.
+    """
+    vae, prior, data, _ = toy
+    found = mmd_figures(vae, prior, data, SPLITS, images=600, proposals=100)
+    base, ncp, gain = (found[f"gap_{name}_0"] for name in ("base", "ncp", "gain"))
+    assert base.samples == 600 and base.unit == "s.d." and base.value > 0.7
+    assert abs(ncp.value) < 4 * ncp.se + 0.03 * base.value
+    assert gain.value == pytest.approx(base.value - abs(ncp.value))
+    second = found["gap_base_1"]
+    assert second.se < 0.1
+    # Without a hole: a ratio of 1, and gaps that are noise.
+    alike = NoiseContrastivePrior([Tilt(1.0), UnitRatio()])
+    same = mmd_figures(vae, alike, data, SPLITS, images=600, proposals=50)
+    assert same["gap_gain_0"].value == pytest.approx(0, abs=1e-6)
+    assert same["gap_base_0"].value == pytest.approx(same["gap_ncp_0"].value)

@@ -17,7 +17,7 @@ RANKS = {
     | {"quality_figures", "feature_training"}
     | {"nll_figures", "nll_words"}
     | {"latent_figures", "answers"}
-    | {"group_samples", "group_figures", "group_findings"},
+    | {"group_samples", "group_figures", "group_findings", "group_witness"},
     4: {"pipeline", "report", "app"},
     5: {"cli", "__main__"},
 }

@@ -14,9 +14,11 @@ from ncprior.numerics import mean_and_se, stream
 from ncprior.priors import NoiseContrastivePrior
 
 LEAST_IMAGES = 10  # for a comparison of draws
-PILOT_IMAGES = 500  # for principal components
+PILOT_IMAGES = 4000  # for principal components and witnesses
 
-NAMES = ("nce_loss", "jsd", "kl", "ess_share", "ess", "mmd_base", "mmd_ncp", "mmd_gain")
+MMDS = ("mmd_base", "mmd_ncp", "mmd_gain")
+GAPS = ("gap_base", "gap_ncp", "gap_gain")
+NAMES = ("nce_loss", "jsd", "kl", "ess_share", "ess", *MMDS, *GAPS)
 """Figures that each group has; in metrics.json the group's number follows."""
 OF_A_GROUP = re.compile(rf"({'|'.join(NAMES)})_(\d+)")
 
@@ -33,19 +35,26 @@ def mmd_figures(
     batch_size: int = 500,
     progress: bool = False,
 ) -> Figures:
-    """For each group MMD^2 from posterior to base and to NCP, their difference, and SIR's pools.
+    """For each group how far base and NCP are from the posterior, by two measures, and SIR's pools.
 
     The draws are those of `group_samples`; test images, which neither VAE nor classifiers saw, give
-    the posterior. The bandwidth is the median distance within q and p pooled, the same for both.
-    Draws of all contexts are pooled, so that a hole which averages out over contexts does not show.
+    the posterior.
+
+    - The gap of a witness (`group_witness`): a function f(z, c) that was found between posterior
+      and base on training images; how far its means are apart on test images, in standard
+      deviations of f under the base prior. Positive for the base; below 0 for an NCP that goes
+      too far. Under equal laws gap / s.e. is a standard normal number. This is the sharper one.
+    - MMD^2: the bandwidth is the median distance within q and p pooled, the same for both. Draws
+      of all contexts are pooled, so that a hole which averages out over contexts does not show.
 
     Args:
         images: Test images to walk along, each once.
         proposals: SIR's pool.
 
     Returns:
-        Figures named `mmd_base_K`, `mmd_ncp_K`, `mmd_gain_K`, `ess_K` and `ess_share_K`; none with
-        fewer than 10 images.
+        Figures named `gap_base_K`, `gap_ncp_K`, `gap_gain_K` (by how much the NCP's gap is smaller,
+        whatever its sign), the same with `mmd`, `ess_K` and `ess_share_K`; none with fewer than 10
+        test images, and no gaps with fewer than 40 training images.
     """
     rows = _some(splits.test, images, seed, "group test rows")
     if len(rows) < LEAST_IMAGES:
@@ -57,7 +66,8 @@ def mmd_figures(
         proposals=proposals, seed=seed, batch_size=batch_size, progress=progress,
     )  # fmt: skip
     for k, samples in drawn:
-        found |= {f"{name}_{k}": figure for name, figure in _compare(samples, seed).items()}
+        own = _compare(samples, seed) | _gaps(samples, seed)
+        found |= {f"{name}_{k}": figure for name, figure in own.items()}
         if samples.ess is not None:
             found |= ess_figures(k, samples.ess, proposals, seed, "given posterior draws, ")
     return found
@@ -103,6 +113,22 @@ def _compare(samples: GroupSamples, seed: int) -> Figures:
     note = f"squared, {size} numbers, bandwidth {bandwidth:.3g}"
     found = {name: mean_of_terms(of_rows) for name, of_rows in terms.items()}
     return {name: Figure(x.value, "MMD^2", num, seed, x.se, note=note) for name, x in found.items()}
+
+
+def _gaps(samples: GroupSamples, seed: int) -> Figures:
+    """Means over the images, each of which is one independent observation."""
+    if samples.gap_base is None:
+        return {}
+    terms = {"gap_base": samples.gap_base}
+    if samples.gap_ncp is not None:
+        sign = 1 if samples.gap_ncp.mean() >= 0 else -1
+        terms["gap_ncp"] = samples.gap_ncp
+        terms["gap_gain"] = samples.gap_base - sign * samples.gap_ncp
+    found, note = {}, "of a witness found on training images"
+    for name, of_images in terms.items():
+        x = mean_and_se(of_images)
+        found[name] = Figure(x.value, "s.d.", len(of_images), seed, x.se, note=note)
+    return found
 
 
 def _some(rows: Tensor, count: int, seed: int, purpose: str) -> Tensor:

@@ -1,6 +1,5 @@
 """What was found about each latent group: which are mended, and which ratios are unreliable."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,13 +14,13 @@ USUAL_PROPOSALS = 1000  # SIR's pool where none was drawn yet
 NO_JSD = 0.005  # nats; a hole that small shows nowhere
 SMALL_JSD = 0.05
 STRONG_OVERFIT_SHARE = 0.3  # of the held-out loss
-SIGNIFICANT = 2  # standard errors; those of MMDs are too large where laws are nearly equal
+SIGNIFICANT = 2  # standard errors
 
 WORDS = {
-    "mended": "the MMD to the posterior falls by more than half",
-    "improved": "the MMD falls, by less than half",
-    "unchanged": "the MMD of the NCP is above 0, and not clearly below that of the base prior",
-    "worse": "the MMD rises",
+    "mended": "the gap to the posterior falls by more than half",
+    "improved": "the gap falls, by less than half",
+    "unchanged": "the NCP's gap is not 0, and not clearly below that of the base prior",
+    "worse": "the gap grows",
     "hole": "the classifier tells posterior from prior; what was mended is not measured yet",
     "no hole": f"the JSD is below {NO_JSD} within its error",
     "unclear": "the errors are too large to say",
@@ -59,7 +58,8 @@ def judge(record: dict[str, Any] | None, measured: Figures) -> str:
     Args:
         record: What the fit recorded of it; None if it has no ratio.
         measured: Its figures by `NAMES`. Without "ess" the pools are supposed to hold 1000
-            proposals; without the MMDs it is not known what was mended.
+            proposals; without the gaps (or MMDs, where there are no gaps) it is not known what was
+            mended.
     """
     if record is None:
         return "not fitted"
@@ -73,27 +73,29 @@ def judge(record: dict[str, Any] | None, measured: Figures) -> str:
         return "unreliable"
     low, high = record["jsd_interval"]
     without = "hole" if low > NO_JSD else "no hole" if high < SMALL_JSD else "unclear"
-    if "mmd_gain" not in measured:
+    kind = next((kind for kind in ("gap", "mmd") if f"{kind}_gain" in measured), None)
+    if kind is None:
         return without
-    base, ncp, gain = (measured[f"mmd_{name}"] for name in ("base", "ncp", "gain"))
+    base, ncp, gain = (measured[f"{kind}_{name}"] for name in ("base", "ncp", "gain"))
     if gain.value > SIGNIFICANT * (gain.se or 0):
-        return "mended" if 2 * ncp.value < base.value else "improved"
+        return "mended" if 2 * abs(ncp.value) < base.value else "improved"
     if gain.value < -SIGNIFICANT * (gain.se or 0):
         return "worse"
-    if ncp.value > SIGNIFICANT * (ncp.se or 0):
+    size = abs(ncp.value) if kind == "gap" else ncp.value
+    if size > SIGNIFICANT * (ncp.se or 0):
         return "unchanged"
     return "unclear" if without == "hole" else without
 
 
 def group_table(findings: Sequence[GroupFinding]) -> Any:
-    """A rich table with a line for each group; MMDs only where they were measured."""
+    """A rich table with a line for each group; gaps only where they were measured."""
     from rich import box
     from rich.table import Table
 
-    measured = any("mmd_base" in found.figures for found in findings)
+    measured = any("gap_base" in found.figures for found in findings)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     heads = ["group", "latent", "KL\nnats", "held-out loss\n95 %", "JSD\nnats", "ESS\nshare"]
-    heads += ["MMD² x 1000\nq to base", "\nq to NCP"] if measured else []
+    heads += ["gap, s.d.\nq to base", "\nq to NCP"] if measured else []
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -104,7 +106,7 @@ def group_table(findings: Sequence[GroupFinding]) -> Any:
 
 
 def figure_texts(found: GroupFinding, dash: str = "-") -> list[str]:
-    """KL, held-out loss with its interval, JSD, ESS share and both MMDs, as people read them."""
+    """KL, held-out loss with its interval, JSD, ESS share and both gaps, as people read them."""
     loss = found.figures.get("nce_loss")
     share = found.figures.get("ess_share")
     return [
@@ -112,7 +114,7 @@ def figure_texts(found: GroupFinding, dash: str = "-") -> list[str]:
         f"{loss.value:.3f} {loss.error()}" if loss else dash,
         f"{found.figures['jsd'].value:.3f}" if "jsd" in found.figures else dash,
         _percent(share, dash),
-        *(_thousandths(found.figures.get(f"mmd_{name}"), dash) for name in ("base", "ncp")),
+        *(_with_error(found.figures.get(f"gap_{name}"), dash) for name in ("base", "ncp")),
     ]
 
 
@@ -203,10 +205,6 @@ def _percent(figure: Figure | None, dash: str) -> str:
     return f"{100 * figure.value:.{1 if figure.value > 0.01 else 2}f} %"
 
 
-def _thousandths(figure: Figure | None, dash: str) -> str:
-    """A figure and its error in thousandths, with one digit of the error."""
-    if figure is None:
-        return dash
-    value, se = 1000 * figure.value, 1000 * (figure.se or 0)
-    digits = min(4, max(0, -math.floor(math.log10(se)))) if se > 0 else 3
-    return f"{value:.{digits}f} ± {se:.{digits}f}"
+def _with_error(figure: Figure | None, dash: str) -> str:
+    """A figure and its error, in hundredths: all that a gap is good for."""
+    return dash if figure is None else f"{figure.value:.2f} ± {figure.se or 0:.2f}"

@@ -37,9 +37,9 @@ def run(tmp_path_factory):
     return run
 
 
-def mmds(k, base, ncp):
+def gaps(k, base, ncp):
     values = {"base": base, "ncp": ncp, "gain": base - ncp}
-    return {f"mmd_{n}_{k}": Figure(v, "MMD^2", 300, 0, 0.001) for n, v in values.items()}
+    return {f"gap_{n}_{k}": Figure(v, "s.d.", 300, 0, 0.01) for n, v in values.items()}
 
 
 def test_unmeasured(run):
@@ -47,7 +47,7 @@ def test_unmeasured(run):
     assert_sections(found)
     assert "Of its classifiers, that of group" in found.words
     assert "Not measured yet: gap closed, ESS share." in found.words
-    assert "not fitted : keeps its base prior" in found.words and "MMD" not in found.words
+    assert "not fitted : keeps its base prior" in found.words and "Gaps:" not in found.words
     assert "3 of 5" in found.words and "keeps no log of stage 2" not in found.words
     # ELBO and KL have no log; loss, ESS, JSD by group, losses by step, log r of active groups.
     assert found.tags.count("svg") == 4 + 2
@@ -56,12 +56,12 @@ def test_unmeasured(run):
 
 def test_measured(run):
     prior = run.load_prior(run.load_vae())
-    measured = held_out_figures(prior) | mmds(0, 0.05, 0.004) | mmds(2, 0.02, 0.021)
-    run.add_metrics(FIGURES | measured | {"mmd_base_1": Figure(0.03, "MMD^2", 300, 0, 0.002)})
+    measured = held_out_figures(prior) | gaps(0, 0.5, 0.04) | gaps(2, 0.2, 0.21)
+    run.add_metrics(FIGURES | measured | {"gap_base_1": Figure(0.3, "s.d.", 300, 0, 0.02)})
     found = read(run)
     assert_sections(found)
-    assert "50 ± 1" in found.words and "4 ± 1" in found.words and "30 ± 2" in found.words
-    assert "MMD: 300 test images" in found.words and columns_of(found) == 9
+    assert "0.50 ± 0.01" in found.words and "0.30 ± 0.02" in found.words
+    assert "Gaps: 300 test images" in found.words and columns_of(found) == 9
     assert "closes 75 % (± 5)" in found.words and "Not measured" not in found.words
     assert "nce loss 0" not in found.words.lower()  # the table of all figures is of the whole
     jsd = measured["jsd_2"]
@@ -98,13 +98,18 @@ def findings():
             "ess_share": Figure(max(1e-4, 2.7 ** (loss * 5 - 7)), "of proposals", 9, 0),
             "mmd_base": Figure(0.02, "MMD^2", 9, 0, 0.001),
             "mmd_ncp": Figure(-0.001, "MMD^2", 9, 0, 0.001),
+            "gap_base": Figure(0.3, "s.d.", 9, 0, 0.01),
+            "gap_ncp": Figure(-0.02, "s.d.", 9, 0, 0.01),
         }
         found.append(GroupFinding(k, None, figures if k % 7 else {}, "mended"))
     return found
 
 
+PLOTS = (group_plots.losses, group_plots.jsds, group_plots.mmds, group_plots.gaps)
+
+
 def all_plots(of):
-    return [*(f(of) for f in (group_plots.losses, group_plots.jsds, group_plots.mmds)),
+    return [*(f(of) for f in PLOTS),
             group_plots.ess_by_loss(of)]  # fmt: skip
 
 

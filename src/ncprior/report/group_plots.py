@@ -80,6 +80,23 @@ def jsds(findings: Sequence[GroupFinding]) -> Plot:
     )
 
 
+def gaps(findings: Sequence[GroupFinding]) -> Plot:
+    """Gaps of the witnesses from the posterior to base prior and to NCP, with 95 %."""
+    figure, axes = _by_group(findings, "gap, s.d.")
+    axes.axhline(0, color=COLORS["soft"], linewidth=0.8)
+    for name, color, shift in (("gap_base", "base", -0.2), ("gap_ncp", "ncp", 0.2)):
+        found = [(f.group, f.figures[name]) for f in findings if name in f.figures]
+        _bars(axes, found, color, shift, 0.38)
+    return Plot(
+        "Gap to the posterior by group",
+        as_svg(figure, "group-gap", "Gap from posterior to base prior and to NCP by latent group"),
+        [("base prior, with 95 %", "base", "fill"), ("NCP", "ncp", "fill")],
+        "How far apart posterior and prior are, given the same groups before, along a function "
+        "that was found on training images between posterior and base; in its standard deviations, on "
+        "test images. At 0 nothing is left of it; below 0 the NCP goes too far.",
+    )
+
+
 def mmds(findings: Sequence[GroupFinding]) -> Plot:
     """MMD^2 from the posterior to base prior and to NCP, with 95 % (Table 9 of the paper)."""
     figure, axes = _by_group(findings, "MMD² × 1000")

@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
     group: int
     shape: str
-    cells: list[str]  # KL, held-out loss, JSD, ESS share, and MMDs where they were measured
+    cells: list[str]  # KL, held-out loss, JSD, ESS share, and gaps where they were measured
     word: str
     color: str
 
@@ -30,7 +30,7 @@ class Section(NamedTuple):
 
     rows: list[Row]
     meanings: list[tuple[str, str]]  # of the words in the table
-    measured: bool  # whether there are MMDs
+    measured: bool  # whether there are gaps
     note: str
     plots: list[Plot]
     ratios: group_plots.Small | None
@@ -50,13 +50,15 @@ def findings_of(
 def section(prior: NoiseContrastivePrior, findings: Sequence[GroupFinding]) -> Section:
     """The table, what its words mean, and the plots."""
     fitted = [f for f in findings if "nce_loss" in f.figures]
-    measured = any("mmd_base" in f.figures for f in findings)
+    measured = any("gap_base" in f.figures for f in findings)
     seen = {f.word for f in findings}
     plots = [group_plots.losses(findings)]
     if any("ess_share" in f.figures for f in fitted):
         plots.append(group_plots.ess_by_loss(findings))
     plots.append(group_plots.jsds(findings))
     if measured:
+        plots.append(group_plots.gaps(findings))
+    if any("mmd_base" in f.figures for f in findings):
         plots.append(group_plots.mmds(findings))
     records = [(f.group, prior.record["groups"][f.group]) for f in fitted if f.word != "inactive"]
     return Section(
@@ -84,7 +86,7 @@ def _note(findings: Sequence[GroupFinding]) -> str:
             said.append(f"ESS: {figure.note} for {figure.samples:,} draws.")
             break
     for found in findings:
-        if "mmd_base" in found.figures:
-            said.append(f"MMD: {found.figures['mmd_base'].samples:,} test images, ± s.e.")
+        if "gap_base" in found.figures:
+            said.append(f"Gaps: {found.figures['gap_base'].samples:,} test images, ± s.e.")
             break
     return " ".join(said)

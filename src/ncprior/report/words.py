@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ncprior.answers import WITH_HOLE, Answer, answers
 from ncprior.diagnosis import verdict
 from ncprior.figures import Figure, Figures
 from ncprior.generation import Draws
@@ -16,7 +17,8 @@ from ncprior.ratios.nce import LOG_2
 from ncprior.runs import Run
 
 FEW_PROPOSALS = 3
-HOLES = {"mended", "improved", "unchanged", "worse", "hole", "unreliable"}
+
+IN_VERDICT = {"How large is the hole?", "What can be won at most?"}
 
 
 class Card(NamedTuple):
@@ -75,6 +77,19 @@ def verdict_of(
     )
 
 
+def answers_of(
+    known: Figures,
+    prior: NoiseContrastivePrior | None,
+    findings: Sequence[GroupFinding],
+    name: str,
+) -> list[Answer]:
+    """What a user asks, but for what the verdict says already."""
+    if prior is None:
+        return []
+    found = answers(prior, known, findings, name)
+    return [answer for answer in found if answer.question not in IN_VERDICT]
+
+
 def warnings_of(
     measured: Figures,
     prior: NoiseContrastivePrior | None,
@@ -130,7 +145,7 @@ def cards(known: Figures, findings: Sequence[GroupFinding] = ()) -> list[Card]:
         text = "of SIR’s proposals count in a draw; few mean that base and posterior are far apart"
         text += "; mean over the groups" if "jsd" not in known else ""
         found.append(_card("ESS share", percent, text, ess.value, unit=" %"))
-    if any("mmd_gain" in f.figures for f in findings):
+    if any("gap_gain" in f.figures or "mmd_gain" in f.figures for f in findings):
         found.append(_mended_card(findings))
     if "log_z" in known:
         text = f"nats, from {known['log_z'].samples:,} base draws; near 0 if the ratios are right"
@@ -139,7 +154,7 @@ def cards(known: Figures, findings: Sequence[GroupFinding] = ()) -> list[Card]:
 
 
 def _mended_card(findings: Sequence[GroupFinding]) -> Card:
-    holes = [f for f in findings if f.word in HOLES]
+    holes = [f for f in findings if f.word in WITH_HOLE]
     if not holes:
         return Card("Groups mended", "–", "", "no group of latents with a hole that could be seen")
     mended = sum(f.word == "mended" for f in holes)
