@@ -54,6 +54,7 @@ class Preset(StrEnum):
     published = "published"
     groups = "groups"
     groups_small = "groups-small"
+    groups_flat = "groups-flat"
 
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]

@@ -175,8 +175,8 @@ def fit_prior(
         groups: Latent groups to fit, all by default; the others keep their base prior. They are
             independent: parts fitted apart are put together by `NoiseContrastivePrior.join`.
         preset: "small" (default below 20,000 images), "large" or "published" for flat latents;
-            "groups" (default for latent maps, as in NVAE) or "groups-small"; the arguments that
-            follow change it.
+            "groups" (default for latent maps, as in NVAE), "groups-small" or "groups-flat"; the
+            arguments that follow change it.
         network: "residual", "mlp" or "conv".
         network_options: Arguments of that network, such as width, blocks, dropout, members.
         steps: Optimiser steps at most.
