@@ -92,8 +92,8 @@ def gaps(findings: Sequence[GroupFinding]) -> Plot:
         as_svg(figure, "group-gap", "Gap from posterior to base prior and to NCP by latent group"),
         [("base prior, with 95 %", "base", "fill"), ("NCP", "ncp", "fill")],
         "How far apart posterior and prior are, given the same groups before, along a function "
-        "that was found on training images between posterior and base; in its standard deviations, on "
-        "test images. At 0 nothing is left of it; below 0 the NCP goes too far.",
+        "that was found on training images between posterior and base; in its standard "
+        "deviations, on test images. At 0 nothing is left of it; below 0 the NCP goes too far.",
     )
 
 
