@@ -51,6 +51,22 @@ def test_features_of_grey_and_coloured_images():
     assert found.shape == (1, 2048) and torch.equal(found, again)
 
 
+def test_pools_take_no_padding():
+    """Averages count what is there; the last block takes maxima, as the published program does."""
+    ones = torch.ones(1, 2, 4, 4)
+    assert torch.equal(inception._average(ones), ones)
+    assert torch.equal(inception._maximum(-ones), -ones)
+    with torch.device("meta"):
+        network = Inception()
+    pools = {name: b.branches[-1][0] for name, b in network.named_children() if "Mixed" in name}
+    assert pools.pop("Mixed_7c") is inception._maximum
+    assert {name for name, pool in pools.items() if pool is inception._halve} == {
+        "Mixed_6a",
+        "Mixed_7a",
+    }
+    assert sum(pool is inception._average for pool in pools.values()) == 8
+
+
 def test_stretched_as_tensorflow_1_did():
     """Output i lies at i * size / side: corners coincide, and the last pixels repeat."""
     row = torch.tensor([0.0, 10.0, 20.0]).expand(1, 1, 2, 3)

@@ -148,6 +148,19 @@ def test_kid_pair_by_pair(rng):
     assert kid(x, y).value == pytest.approx(sum(within) - 2 * cross)
 
 
+def test_kid_error_is_the_jackknife_done_by_hand(rng):
+    x, y = features(9, rng), features(7, rng, scale=1.4, shift=0.3)
+    variance = 0.0
+    for rows, value in (
+        (x, lambda kept: kid(x[kept], y).value),
+        (y, lambda kept: kid(x, y[kept]).value),
+    ):
+        n = len(rows)
+        left_out = [value(torch.arange(n) != i) for i in range(n)]
+        variance += (n - 1) * float(torch.tensor(left_out, dtype=torch.float64).var(correction=0))
+    assert kid(x, y).se == pytest.approx(math.sqrt(variance), rel=1e-9)
+
+
 def test_kid_against_torchmetrics(rng):
     """Their one subset of everything is our U-statistic; they keep single precision."""
     theirs = pytest.importorskip("torchmetrics.image.kid")
