@@ -58,5 +58,5 @@ class LatentPrior(nn.Module):
             return self
         raise ValueError(
             f"{type(self).__name__} has no temperature but 1, got {temperature}; "
-            "StandardNormal, GaussianMixture, VampPrior and FlowPrior have one"
+            "Gaussian, mixture, Vamp, flow, diffusion, LARS, SNIS and energy priors have one"
         )
