@@ -1,17 +1,17 @@
 """How large the hole in the prior is, and how much of it a noise contrastive prior closes."""
 
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ncprior.answers import FAR_LOG_Z, Answer, answers, as_paragraphs, hole, winnings
 from ncprior.data import ImageDataset, Splits, as_data
-from ncprior.evaluation import draw_each, frechet_figures
+from ncprior.evaluation import draw_each
 from ncprior.figures import Figure, Figures, as_text, table
 from ncprior.generation import Draws, draw
-from ncprior.group_figures import ess_figures, largest_jsd, mmd_figures, overall
+from ncprior.group_figures import ess_figures, mmd_figures, overall
 from ncprior.group_findings import (
     FEW_PROPOSALS,
     GroupFinding,
@@ -22,29 +22,31 @@ from ncprior.group_findings import (
     words_in_short,
 )
 from ncprior.groups import check_groups
+from ncprior.latent_figures import jsd_on_test_images, latent_figures
 from ncprior.metrics import Features
 from ncprior.numerics import mean_and_se
 from ncprior.priors import NoiseContrastivePrior
-from ncprior.ratios.nce import LOG_2
+from ncprior.quality_figures import frechet_figures
 from ncprior.training import fit_prior
-
-FAR_LOG_Z = 1.0  # nats
 
 
 class Diagnosis(NamedTuple):
-    """Figures and what they mean; prints as a table, of several latent groups as two."""
+    """Figures and what they mean; prints as answers and a table, of several groups as two."""
 
     figures: Figures
     warnings: list[str]
     draws: dict[str, Draws]  # "base", "ncp", "reconstruction"
     groups: Sequence[GroupFinding] = ()  # one for each latent group where there are several
+    answers: Sequence[Answer] = ()  # to what a user asks, in words
 
     def __str__(self) -> str:
-        lines = [as_text(table(overall(self.figures)))]
+        lines = [as_paragraphs(self.answers), ""] if self.answers else []
+        lines.append(as_text(table(overall(self.figures))))
         if self.groups:
             lines += ["", as_text(group_table(self.groups)), ""]
-        lines.append(verdict(self.figures))
-        if self.groups:
+        if not self.answers:
+            lines.append(verdict(self.figures))
+        if self.groups and not self.answers:
             lines.append(words_in_short(self.groups))
         return "\n".join(lines + [f"! {warning}" for warning in self.warnings])
 
@@ -62,6 +64,8 @@ def diagnose(
     groups: str | Sequence[int] | None = None,
     group_samples: int = 2000,
     group_proposals: int = 100,
+    latent_metrics: Sequence[str] = ("mmd", "c2st", "swd"),
+    latent_images: int = 1000,
     batch_norm_passes: int = 0,
     features: Features | None = None,
     seed: int = 0,
@@ -74,7 +78,10 @@ def diagnose(
     The Frechet distances are between decoder means and the test images, in a named feature space;
     reconstructions are decoded draws of the training images' aggregate posterior, the best that any
     prior can reach. The NCE loss, JSD and log Z were measured on held-out data when the prior was
-    fitted.
+    fitted; the JSD is measured once more on test images.
+
+    Of one latent group the latents of base and NCP are compared with posterior draws of test images
+    (`latent_figures`). The answers in words come from `ncprior.answers`.
 
     With several latent groups each has a line of its own (section 5.4 of the paper): its KL,
     held-out loss, JSD and ESS; the MMD from posterior draws to those of base and NCP, given the
@@ -94,6 +101,8 @@ def diagnose(
             fitted by default. The comparison of groups is of all that were fitted.
         group_samples: Test images for the comparison of groups, at most; 0 for none.
         group_proposals: SIR's pool there.
+        latent_metrics: Which of "mmd", "c2st" and "swd" to take of the latents of a flat VAE.
+        latent_images: Test images for them, at most.
         batch_norm_passes: As in `draw`.
         features: Feature space; pixels for small images, else principal components.
         seed: Seed of what is drawn.
@@ -128,8 +137,17 @@ def diagnose(
             images=group_samples, proposals=group_proposals, seed=seed, batch_size=batch_size,
             progress=progress,
         )  # fmt: skip
+    if not several:
+        jsd = jsd_on_test_images(vae, prior, data, splits, seed=seed, batch_size=batch_size)
+        figures["jsd_test"] = jsd
     if sampler == "sir":
         figures |= _pool_figures(drawn["ncp"], proposals, samples, seed)
+    if not several and latent_metrics:
+        figures |= latent_figures(
+            vae, prior, data, splits, drawn,
+            metrics=latent_metrics, images=latent_images, seed=seed, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
     figures |= frechet_figures(drawn, data, splits, features, seed)
     findings = group_findings(prior, figures) if several else []
     if several:
@@ -146,7 +164,8 @@ def diagnose(
             f"log Z is {prior.log_z.value:.2f}, far from 0: the ratios do not average to 1 under "
             "the base. Samples do not depend on it, but it says that the ratios are off somewhere."
         )
-    return Diagnosis(figures, warnings, drawn, findings)
+    found = answers(prior, figures, findings)
+    return Diagnosis(figures, warnings, drawn, findings, found)
 
 
 def fit_summary(prior: NoiseContrastivePrior) -> str:
@@ -189,8 +208,9 @@ def held_out_figures(prior: NoiseContrastivePrior) -> Figures:
         for name in ("loss", "jsd"):
             label = f"nce_{name}" if name == "loss" else name
             interval = tuple(group[f"{name}_interval"])
+            note = "held out" if name == "loss" else "held out, a lower bound on average"
             figures[label + suffix] = Figure(
-                group[name], "nats", num, seed, interval=interval, note="held out"
+                group[name], "nats", num, seed, interval=interval, note=note
             )
         if several:
             figures[f"kl_{k}"] = Figure(group["kl"], "nats", num, seed, note="held out")
@@ -212,24 +232,13 @@ def _pool_figures(drawn: Draws, proposals: int, samples: int, seed: int) -> Figu
     note = f"mean ESS of SIR's pools of {proposals}"
     if len(drawn.ess) > 1:
         note += ", mean over the groups"
+    if len(drawn.ess) == 1:
+        size = mean_and_se(drawn.ess[0])
+        figures["ess"] = Figure(size.value, "proposals", samples, seed, size.se, note=note)
     figures["ess_share"] = Figure(ess.value, "of proposals", samples, seed, ess.se, note=note)
     return figures
 
 
 def verdict(figures: Figures) -> str:
-    """The answer to the user's question in one sentence or two."""
-    group, found = largest_jsd(figures)
-    jsd, where = found.value, "" if group is None else f" in group {group}, the largest"
-    best, base, closed = (figures[n] for n in ("fd_reconstruction", "fd_base", "gap_closed"))
-    words = "hardly any" if jsd < 0.01 else "a small" if jsd < 0.1 else "a large"
-    said = f"The prior has {words} hole (JSD {jsd:.3f} of at most {LOG_2:.3f} nats{where})."
-    if base.value - best.value <= 2 * math.hypot(base.se or 0, best.se or 0):
-        return said + (
-            f" It hardly shows in {base.unit.removeprefix('squared, ')}: base samples are as near "
-            "to the data as reconstructions, so there is next to nothing to win there."
-        )
-    return said + (
-        f" At best a prior could lower the Frechet distance from {base.value:.3f} to "
-        f"{best.value:.3f}; the noise contrastive prior closes "
-        f"{100 * closed.value:.0f} % (± {100 * (closed.se or 0):.0f}) of that gap."
-    )
+    """How large the hole is and what was won, in a sentence or two."""
+    return f"{hole(figures)} {winnings(figures)}"

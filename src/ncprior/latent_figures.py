@@ -61,13 +61,14 @@ def latent_figures(
     batch_size: int = 500,
     progress: bool = False,
 ) -> Figures:
-    """MMD, classifier test and sliced Wasserstein distance from q(z) to base and NCP.
+    """MMD, classifier test and sliced Wasserstein distance from q(z) to base, NCP and others.
 
     q(z) is one posterior draw of each test image, which neither the VAE nor the classifiers saw;
     the others are the latents of the images already drawn, so that all metrics are of the same
     samples. The floor is the same measure between two sets of posterior draws of different unseen
     images: further test images, then validation images. No prior can be expected below it, and for
-    the sliced Wasserstein distance it is above 0.
+    the sliced Wasserstein distance it is above 0. All sets have as many rows, so that they compare:
+    where there are few validation images, that is less than all test images.
 
     The classifier test also learns from the other draws of base and NCP, and from as many posterior
     draws of training images: with the few test images alone it would see little.
@@ -84,7 +85,7 @@ def latent_figures(
         prior: The prior behind `draws["ncp"]`; None if there are none.
         data: Its images.
         splits: Which of them are for training, validation and test.
-        draws: "base" and "ncp", as `draw` gives them; other names are left out.
+        draws: By name, "base" among them, as `draw` gives them; "reconstruction" is left out.
         metrics: Which of "mmd", "c2st" and "swd".
         images: Test images at most, and as many draws.
         proposals: SIR's pool for groups.
@@ -93,9 +94,8 @@ def latent_figures(
         progress: Show a progress bar.
 
     Returns:
-        Figures `mmd_base`, `mmd_base_p`, `c2st_base`, `c2st_base_p`, `swd_base`, and those of ncp
-        and floor; none with fewer than 20 test images or draws, and no floor with fewer than 20
-        further images.
+        Figures `mmd_base`, `mmd_base_p`, `c2st_base`, `c2st_base_p`, `swd_base`, and those of the
+        other names and of floor; none with fewer than 20 rows to a set.
 
     Raises:
         ValueError: an unknown metric, a count below 1, or draws that lack "base".
@@ -117,8 +117,11 @@ def latent_figures(
         return found
     if "base" not in draws:
         raise ValueError(f'draws must hold "base", got {", ".join(draws) or "none"}')
-    sets = {name: draws[name].latents[0].flatten(1) for name in ("base", "ncp") if name in draws}
-    count = min(len(splits.test), images, *(len(z) for z in sets.values()))
+    sets = {
+        name: of.latents[0].flatten(1) for name, of in draws.items() if name != "reconstruction"
+    }
+    unseen = len(splits.test) + len(splits.validation)
+    count = min(len(splits.test), unseen // 2, images, *(len(z) for z in sets.values()))
     if count < LEAST_IMAGES:
         return {}
     test = _some(splits.test, len(splits.test), seed)
@@ -139,19 +142,17 @@ def latent_figures(
         of_q = space(drawn_of["extra"])
         extra = {name: (of_q, space(z[count : count + room])) for name, z in sets.items()}
     sets = {name: space(z[:count]) for name, z in sets.items()}
-    further = drawn_of.get("floor", q[:0])
-    if len(further) >= LEAST_IMAGES:
-        sets["floor"] = space(further)
+    sets["floor"] = space(drawn_of["floor"])
     found = {}
     with progress_bar("comparing latents", len(sets) * len(metrics), shown=progress) as bar:
         for metric in metrics:
             for name, z in sets.items():
-                pair = Pair(q[: len(z)], z, bandwidths, False, extra.get(name))
+                pair = Pair(q, z, bandwidths, False, extra.get(name))
                 one = COMPARE[metric](pair, seed)
                 found[f"{metric}_{name}"] = one.figure
                 if one.p_value is not None:
                     found[f"{metric}_{name}_p"] = one.p_value
-                bar(len(found))
+                bar(metrics.index(metric) * len(sets) + list(sets).index(name) + 1)
     return found
 
 
@@ -214,7 +215,7 @@ def posterior_draws(
 
 
 @torch.no_grad()
-def test_jsd(
+def jsd_on_test_images(
     vae: Any,
     prior: NoiseContrastivePrior,
     data: ImageDataset,

@@ -16,9 +16,10 @@ from ncprior.data import ImageDataset, Splits
 from ncprior.diagnosis import held_out_figures
 from ncprior.generation import Draws, draw
 from ncprior.group_figures import overall
+from ncprior.group_samples import group_samples
 from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
-from ncprior.report import facts, latents, plots, words
+from ncprior.report import facts, latent_plots, latents, plots, words
 from ncprior.report.pictures import grid
 from ncprior.runs import Run
 from ncprior.sources import training_images
@@ -64,7 +65,7 @@ def write_report(run: Run, *, num: int = 64, proposals: int = 1000, seed: int = 
     prior = run.load_prior(vae) if run.has_prior else None
     data, splits = run.load_data()
     images, drawn = _draw(vae, prior, data, splits, num, proposals, seed)
-    page = _render(_content(run, vae, prior, data, images, drawn, proposals, seed))
+    page = _render(_content(run, vae, prior, data, splits, images, drawn, proposals, seed))
     path = run.path / "report.html"
     write_bytes(path, page.encode())
     return path
@@ -101,6 +102,7 @@ def _content(
     vae: Any,
     prior: NoiseContrastivePrior | None,
     data: ImageDataset,
+    splits: Splits,
     images: dict[str, Tensor],
     drawn: Draws | None,
     proposals: int,
@@ -109,10 +111,12 @@ def _content(
     """Everything that the template fills in."""
     figures = run.metrics()
     known = (held_out_figures(prior) if prior is not None else {}) | figures
-    findings, section = [], None
+    findings, section, plane = [], None, None
     if prior is not None and drawn is not None and prior.num_groups > 1:
         findings = latents.findings_of(prior, known, drawn, proposals, seed)
         section = latents.section(prior, findings)
+    elif prior is not None:
+        plane = _plane(vae, prior, data, splits, proposals, seed)
     logs = run.path / "logs"
     curves = {stage: facts.read_curves(logs / f"{stage}.csv") for stage in STAGES}
     name = words.shell_name(run)
@@ -125,6 +129,7 @@ def _content(
         "shell_name": name,
         "has_prior": prior is not None,
         "verdict": words.verdict_of(figures, known, prior, findings),
+        "answers": words.answers_of(known, prior, findings, name),
         "warnings": words.warnings_of(figures, prior, drawn, proposals, name, findings),
         "cards": words.cards(known, findings),
         "missing": words.missing(known),
@@ -138,7 +143,7 @@ def _content(
         "stage_1": _stage_1(curves["vae"]),
         "stage_2": _stage_2(prior, curves["ncp"], logs),
         "fitted": facts.fitting(prior) if prior is not None else [],
-        "ratios": _ratio_plots(prior, drawn, proposals),
+        "ratios": [*([plane] if plane else []), *_ratio_plots(prior, drawn, proposals)],
         "facts": facts.tables(run, vae, prior, data),
         "recipe": facts.recipe_text(run),
         "commands": words.commands(name),
@@ -173,6 +178,24 @@ def _best(prior: NoiseContrastivePrior | None) -> int | None:
 
 def _stage_1(history: plots.History) -> list[plots.Plot]:
     return [plots.elbo(history), plots.kl(history)] if history else []
+
+
+def _plane(
+    vae: Any,
+    prior: NoiseContrastivePrior,
+    data: ImageDataset,
+    splits: Splits,
+    proposals: int,
+    seed: int,
+) -> plots.Plot | None:
+    """Latents of test images, base and NCP; none where there are too few for components."""
+    order = torch.randperm(len(splits.test), generator=stream(seed, "report latents"))
+    rows, pilot = splits.test[order[: latent_plots.POINTS]], splits.train[:30]
+    if len(rows) < 3:
+        return None
+    options = {"proposals": min(proposals, 1000), "seed": seed}
+    (_, samples), *_ = group_samples(vae, prior, data, rows, pilot, **options)
+    return latent_plots.plane(samples)
 
 
 def _ratio_plots(

@@ -14,7 +14,8 @@ from ncprior.report.words import base_name, describe
 from ncprior.runs import Run
 
 Rows = list[tuple[str, str]]
-WRITTEN = {word.lower(): word for word in ("ESS", "FD", "JSD", "KL", "NCE", "NCP", "NLL", "Z")}
+KEPT = ("C2ST", "ESS", "FD", "JSD", "KL", "MMD", "NCE", "NCP", "NLL", "SWD", "Z")
+WRITTEN = {word.lower(): word for word in KEPT}
 
 
 class FigureRow(NamedTuple):

@@ -1,0 +1,168 @@
+"""What is said rests on the figures: each rule at both of its sides."""
+
+import pytest
+
+import ncprior
+from ncprior.answers import Answer, answers, as_paragraphs
+from ncprior.figures import Figure
+from ncprior.group_findings import GroupFinding
+from ncprior.numerics import LogZ
+from ncprior.ratios import UnitRatio
+
+GOOD = {"loss": 0.9, "train_loss": 0.88, "jsd": 0.24, "kl": 5.0, "ess_share": 0.1}
+GOOD |= {"jsd_interval": (0.2, 0.3)}
+Z = LogZ(0.02, 0.01, 20_000.0, 200_000)
+
+
+def prior_of(*groups, log_z=Z):
+    prior = ncprior.NoiseContrastivePrior([UnitRatio() for _ in groups], log_z=log_z)
+    prior.record = {"groups": list(groups)}
+    return prior
+
+
+def figures(**changes):
+    found = {
+        "jsd": Figure(0.24, "nats", 200, 0, interval=(0.2, 0.3)),
+        "jsd_test": Figure(0.231, "nats", 200, 0, 0.01),
+        "log_z": Figure(Z.value, "nats", Z.num, 0, Z.se),
+        "ess": Figure(100.0, "proposals", 500, 0, 1.0),
+        "ess_share": Figure(0.1, "of proposals", 500, 0, 0.001),
+        "c2st_base": Figure(0.8, "accuracy", 200, 0, 0.02),
+        "c2st_ncp": Figure(0.51, "accuracy", 200, 0, 0.02),
+        "c2st_ncp_p": Figure(0.3, "p-value", 200, 0),
+        "fd_base": Figure(3.0, "squared, pixels", 500, 0, 0.03),
+        "fd_ncp": Figure(1.8, "squared, pixels", 500, 0, 0.03),
+        "fd_reconstruction": Figure(1.0, "squared, pixels", 500, 0, 0.04),
+        "gap_closed": Figure(0.6, "share", 500, 0, 0.05),
+    }
+    for name, value in changes.items():
+        found[name] = found[name]._replace(value=value)
+    return found
+
+
+def said(prior=None, figures_=None, findings=(), run="RUN"):
+    found = answers(prior or prior_of(GOOD), figures_ or figures(), findings, run)
+    return {answer.question: answer.text for answer in found}
+
+
+def test_a_good_prior():
+    found = said()
+    assert list(found) == [
+        "How large is the hole?", "Where is it?", "What can be won at most?",
+        "Can the ratios be trusted?", "How many proposals are needed?", "What next?",
+    ]  # fmt: skip
+    size = found["How large is the hole?"]
+    assert "JSD 0.240 of at most 0.693" in size and "On test images it is 0.231 ± 0.01" in size
+    assert "accuracy of 80 ± 2 %" in size
+    won = found["What can be won at most?"]
+    assert "from 3.000 to 1.000, by 2.000 ± 0.05" in won and "60 % (± 5)" in won
+    trust = found["Can the ratios be trusted?"]
+    assert trust.startswith("Yes. For:") and "average to 1 under the base" in trust
+    assert "cannot tell" in trust and "51 ± 2 %" in trust
+    assert found["What next?"] == "Sample: ncprior sample RUN --out samples.npz."
+
+
+@pytest.mark.parametrize(
+    ("prior", "changes", "word", "reason"),
+    [
+        (prior_of(GOOD | {"train_loss": 0.7}), {}, "With care.", "over-fits (loss 0.700"),
+        (prior_of(GOOD), {"log_z": -0.36}, "With care.", "average to 0.7 under the base"),
+        (
+            prior_of(GOOD),
+            {"c2st_ncp": 0.6, "c2st_ncp_p": 1e-4},
+            "With care.",
+            "accuracy of 60 ± 2 % (base: 80 ± 2 %)",
+        ),
+        (prior_of(GOOD, log_z=Z._replace(k_hat=0.8)), {}, "With care.", "0.80, above 0.7"),
+        (prior_of(GOOD, log_z=Z._replace(k_hat=1.2)), {}, "No.", "k-hat"),
+        (prior_of(GOOD | {"jsd": 0.69}), {}, "No.", "hardly overlap"),
+    ],
+)
+def test_reasons_against_the_ratios(prior, changes, word, reason):
+    found = said(prior, figures(**changes))["Can the ratios be trusted?"]
+    assert found.startswith(f"{word} Against:") and reason in found
+
+
+def test_proposals():
+    """10 effective ones of a share of 0.1 are 100; pools of 1000 are off by 1 / (1000 * 0.1)."""
+    found = said()["How many proposals are needed?"]
+    assert "About 100 for 10 effective ones: 10 % count" in found
+    assert "pools of 1,000 hold 100.0" in found and "up to 1 %" in found
+    # Of few proposals a larger share counts than of many: what many need is told by log Z's.
+    few = figures(ess=4.0, ess_share=0.04)
+    prior = prior_of(GOOD, log_z=Z._replace(ess=2000.0))
+    found = said(prior, few)
+    assert "About 1,000 for 10 effective ones" in found["How many proposals are needed?"]
+    assert "hold 4.0" in found["How many proposals are needed?"]
+    assert "up to 100 %" in found["How many proposals are needed?"]
+    assert "Draw with --proposals 1000." in found["What next?"]
+
+
+@pytest.mark.parametrize(
+    ("prior", "changes", "advice", "sample"),
+    [
+        (prior_of(GOOD), {"fd_base": 1.05}, "train a better VAE", False),
+        (prior_of(GOOD | {"jsd": 0.69}), {}, "ncprior fit RUN --base mixture", True),
+        (prior_of(GOOD | {"train_loss": 0.7}), {}, "more dropout", True),
+        (prior_of(GOOD), {"c2st_ncp": 0.6, "c2st_ncp_p": 1e-4}, "--preset large", True),
+        (prior_of(GOOD), {"gap_closed": 0.95}, "little left to win", True),
+        (prior_of(GOOD), {"gap_closed": -0.5}, "Do not use this prior", False),
+    ],
+)
+def test_what_next(prior, changes, advice, sample):
+    found = said(prior, figures(**changes))["What next?"]
+    assert advice in found and ("Sample: ncprior sample" in found) == sample
+    assert advice not in said()["What next?"]
+
+
+def of_groups():
+    figures_ = {
+        f"{name}_{k}": Figure(value, unit, 100, 0, 0.1)
+        for k, jsd, ess in ((0, 0.3, 40.0), (1, 0.05, 5.0), (2, 0.001, 99.0))
+        for name, value, unit in (
+            ("jsd", jsd, "nats"), ("ess", ess, "proposals"), ("ess_share", ess / 100, ""),
+        )
+    }  # fmt: skip
+    words = ["mended", "unreliable", "no hole"]
+    findings = [
+        GroupFinding(k, None, {n: figures_[f"{n}_{k}"] for n in ("jsd", "ess", "ess_share")}, word)
+        for k, word in enumerate(words)
+    ]
+    return figures_, findings
+
+
+def test_several_groups():
+    figures_, findings = of_groups()
+    prior = prior_of(GOOD, GOOD | {"train_loss": 0.5}, GOOD, log_z=None)
+    found = said(prior, figures_, findings)
+    where = found["Where is it?"]
+    assert where.startswith("2 of 3 groups have one: groups 0-1. The largest: 0 (JSD 0.300), 1")
+    assert "Mended: group 0." in where
+    trust = found["Can the ratios be trusted?"]
+    assert trust.startswith("With care.") and "most in group 1" in trust
+    assert "group 1: unreliable" in trust
+    pools = found["How many proposals are needed?"]
+    assert "in group 1, which needs the most" in pools and "About 200 for" in pools
+    assert "What can be won at most?" not in found  # nothing was measured of it
+
+
+def test_no_group_with_a_hole():
+    figures_, findings = of_groups()
+    found = said(prior_of(GOOD, GOOD, GOOD), figures_, findings[2:])
+    assert found["Where is it?"].startswith("In no group that could be seen.")
+
+
+def test_what_is_not_known_is_not_said():
+    found = said(figures_={"jsd": figures()["jsd"]}, run="'my run'")
+    assert list(found) == [
+        "How large is the hole?", "Where is it?", "Can the ratios be trusted?", "What next?",
+    ]  # fmt: skip
+    assert found["What next?"] == "Sample: ncprior sample 'my run' --out samples.npz."
+    assert "classifier" not in found["How large is the hole?"]
+
+
+def test_paragraphs_are_wrapped():
+    text = as_paragraphs([Answer("Why?", "so " * 60), Answer("And?", "no")], width=40)
+    lines = text.splitlines()
+    assert lines[0] == "Why?" and lines[-2:] == ["And?", "  no"]
+    assert all(len(line) <= 40 for line in lines) and lines[1].startswith("  so")
