@@ -28,13 +28,37 @@ def test_figures(diagnosed):
     assert 1 / 50 <= figures["ess_share"].value <= 1
     assert figures["fd_base"].samples == 300
     for figure in figures.values():
-        assert figure.unit and figure.samples and figure.error()
+        assert figure.unit and figure.samples and (figure.error() or figure.unit == "p-value")
 
 
 def test_prints_as_a_table_with_a_verdict(diagnosed):
     text = str(diagnosed[3])
     for word in ("nce loss", "jsd", "fd base", "gap closed", "ess share", "The prior has a"):
         assert word in text
+
+
+def test_words_come_first(diagnosed):
+    """Each question is answered before the table, and none of the answers twice."""
+    text = str(diagnosed[3])
+    questions = [answer.question for answer in diagnosed[3].answers]
+    places = [text.index(question) for question in questions]
+    assert places == sorted(places) and places[0] == 0
+    assert places[-1] < text.index("nce loss") and text.count("The prior has a") == 1
+    assert questions[0] == "How large is the hole?" and len(questions) == 6
+
+
+def test_latents_of_a_flat_vae_are_compared(diagnosed):
+    """q(z) = N(0.8, 0.6^2 I): a classifier of test images' latents has to see it."""
+    vae, images, prior, found = diagnosed
+    figures = found.figures
+    assert figures["c2st_base_p"].value < 0.01 and figures["mmd_base_p"].value < 0.01
+    assert figures["c2st_base"].value > 0.6
+    low, high = figures["jsd"].interval
+    assert low - 4 * figures["jsd_test"].se < figures["jsd_test"].value < high + 0.1
+    assert figures["ess"].value / figures["ess_share"].value == pytest.approx(50)
+    options = {"samples": 40, "proposals": 10, "latent_metrics": ()}
+    without = ncprior.diagnose(vae, images, prior=prior, **options)
+    assert not any(name.startswith(("mmd", "c2st", "swd")) for name in without.figures)
 
 
 def test_the_same_seed_says_the_same(diagnosed):

@@ -7,6 +7,7 @@ from toys import ExactFlat, TwoGroups, gaussian_images, linear_vae, standard_nor
 import ncprior
 from ncprior.data import as_data
 from ncprior.generation import Draws
+from ncprior.group_figures import overall
 from ncprior.group_samples import GroupSamples
 from ncprior.latent_figures import (
     group_latent_figures,
@@ -166,6 +167,7 @@ def test_groups_are_compared_in_pairs():
     q, base, ncp = (common + torch.randn(150, 1, generator=rng) + s for s in (0.0, 1.0, 0.0))
     samples = GroupSamples(q, base, ncp, None)
     found = group_latent_figures(3, samples, metrics=["mmd", "swd"])
+    assert overall(found) == {}  # all are of a group
     assert {*found} == {
         "mmd_base_p_3", "mmd_ncp_p_3", "mmd_floor_p_3",
         "swd_base_3", "swd_ncp_3", "swd_floor_3",

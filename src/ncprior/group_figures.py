@@ -18,7 +18,13 @@ PILOT_IMAGES = 4000  # for principal components and witnesses
 
 MMDS = ("mmd_base", "mmd_ncp", "mmd_gain")
 GAPS = ("gap_base", "gap_ncp", "gap_gain")
-NAMES = ("nce_loss", "jsd", "kl", "ess_share", "ess", *MMDS, *GAPS)
+LATENTS = tuple(
+    f"{kind}_{name}{end}"
+    for kind, ends in (("mmd", ["_p"]), ("c2st", ["", "_p"]), ("swd", [""]))
+    for name in ("base", "ncp", "floor")
+    for end in ends
+)  # of `latent_figures`
+NAMES = ("nce_loss", "jsd", "kl", "ess_share", "ess", *MMDS, *GAPS, *LATENTS)
 """Figures that each group has; in metrics.json the group's number follows."""
 OF_A_GROUP = re.compile(rf"({'|'.join(NAMES)})_(\d+)")
 

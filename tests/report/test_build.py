@@ -127,11 +127,14 @@ def test_full_report(copy):
     for title in ("Data", "Reconstructions", "Base samples", "NCP samples"):
         assert title in found.words
     assert found.tags.count("img") == 4
-    assert found.tags.count("svg") == 6  # distances, ELBO, KL, NCE, log r, ESS
+    assert found.tags.count("svg") == 7  # distances, ELBO, KL, NCE, plane, log r, ESS
     assert "75.0 %" in found.words and "± 5 %" in found.words
     assert "3.450 %" in found.words
     assert "<i>a & b</i>" in found.words
     assert "Not measured yet" not in found.words
+    assert "Can the ratios be trusted?" in found.words and "ncprior sample run --out" in found.words
+    assert "What can be won at most?" not in found.words  # the verdict says it
+    assert "Where latents lie" in found.words
 
 
 def test_a_prior_without_measurements(fitted):
@@ -140,7 +143,7 @@ def test_a_prior_without_measurements(fitted):
     assert "Not measured yet: gap closed, ESS share" in found.words
     assert "Nothing has been measured yet" in found.words
     assert "JSD" in found.words and "log Z" in found.words
-    assert found.tags.count("img") == 4 and found.tags.count("svg") == 5
+    assert found.tags.count("img") == 4 and found.tags.count("svg") == 6
 
 
 def test_no_prior(bare):

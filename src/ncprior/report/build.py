@@ -128,7 +128,7 @@ def _content(
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "shell_name": name,
         "has_prior": prior is not None,
-        "verdict": words.verdict_of(figures, known, prior, findings),
+        "verdict": words.verdict_of(figures, known, prior),
         "answers": words.answers_of(known, prior, findings, name),
         "warnings": words.warnings_of(figures, prior, drawn, proposals, name, findings),
         "cards": words.cards(known, findings),

@@ -11,7 +11,7 @@ from ncprior.diagnosis import verdict
 from ncprior.figures import Figure, Figures
 from ncprior.generation import Draws
 from ncprior.group_figures import OF_A_GROUP, largest_jsd
-from ncprior.group_findings import GroupFinding, merged_warnings, words_in_short
+from ncprior.group_findings import GroupFinding, merged_warnings
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios.nce import LOG_2
 from ncprior.runs import Run
@@ -40,7 +40,6 @@ def verdict_of(
     measured: Figures,
     known: Figures,
     prior: NoiseContrastivePrior | None,
-    findings: Sequence[GroupFinding] = (),
 ) -> str:
     """Is the prior broken, and was it mended?
 
@@ -48,11 +47,9 @@ def verdict_of(
         measured: What metrics.json holds.
         known: The same, with what the prior's own record has.
         prior: The prior, if it was fitted.
-        findings: What was found of each latent group, where there are several.
     """
-    by_group = f" {words_in_short(findings)}" if findings else ""
     if {"fd_base", "fd_ncp", "fd_reconstruction", "gap_closed"} <= {*measured} and _jsd(measured):
-        return verdict(measured) + by_group
+        return verdict(measured)
     if prior is None:
         return (
             "This run has a trained VAE and no noise contrastive prior yet, so nothing has been "
@@ -73,7 +70,7 @@ def verdict_of(
         f"A noise contrastive prior was fitted. {which} tells posterior from prior{how} with a "
         f"JSD of {jsd.value:.3f} nats (95 % {interval[0]:.3f} to {interval[1]:.3f}; 0 without a "
         f"hole, at most {LOG_2:.3f}). How much nearer its samples are to the data has not been "
-        f"measured yet.{by_group}"
+        f"measured yet."
     )
 
 
