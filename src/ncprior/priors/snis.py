@@ -109,7 +109,7 @@ class SNISPrior(TiltedNormal):
         matched: bool = True,
         steps: int = 4000,
         batch_size: int = 256,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         weight_decay: float = 0.01,
         heldout: float = 0.1,
         patience: int = 10,
