@@ -77,7 +77,7 @@ def test_average_follows_the_formula():
         average = decay * average + (1 - decay) * x
     other = Point()
     fit(other, held=lambda: float((other.x - 3).square()), steps=30, evaluate_every=1, average=0.9)
-    assert float(other.x) == pytest.approx(average, rel=1e-12)
+    assert other.x.item() == pytest.approx(average, rel=1e-12)
 
 
 def test_seed_decides_the_noise():

@@ -56,7 +56,7 @@ class AutoregressivePrior(LatentPrior):
     normalized = True
 
     def __init__(
-        self, latent_size: int, *, hidden: Sequence[int] = (512, 512), components: int = 10
+        self, latent_size: int, *, hidden: Sequence[int] = (256, 256), components: int = 10
     ) -> None:
         super().__init__(latent_size)
         if components < 1 or not hidden or min(hidden) < 1:
@@ -160,9 +160,9 @@ class AutoregressivePrior(LatentPrior):
         cls,
         codes: Codes,
         *,
-        hidden: Sequence[int] = (512, 512),
+        hidden: Sequence[int] = (256, 256),
         components: int = 10,
-        steps: int = 2000,
+        steps: int = 1500,
         batch_size: int = 256,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.01,

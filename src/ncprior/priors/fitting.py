@@ -154,6 +154,7 @@ def maximise_likelihood(
         heldout_loss,
         seed=seed,
         report=report,
+        evaluate_every=50,  # few codes are learnt by heart in a few hundred steps
         **descent,
     )
     return prior.requires_grad_(False)

@@ -95,7 +95,7 @@ class TwoStagePrior(LatentPrior):
         codes: Codes,
         *,
         hidden: Sequence[int] = (512, 512),
-        steps: int = 3000,
+        steps: int = 2000,
         batch_size: int = 256,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -128,6 +128,7 @@ class TwoStagePrior(LatentPrior):
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             clip_norm=100.0,
+            evaluate_every=50,
             seed=seed,
             report=report,
         )
