@@ -58,7 +58,7 @@ def test_a_good_prior():
     assert "from 3.000 to 1.000, by 2.000 ± 0.05" in won and "60 % (± 5)" in won
     trust = found["Can the ratios be trusted?"]
     assert trust.startswith("Yes. For:") and "average to 1 under the base" in trust
-    assert "cannot tell" in trust and "51 ± 2 %" in trust
+    assert "does not tell" in trust and "51 ± 2 % on 200 test images" in trust
     assert found["What next?"] == "Sample: ncprior sample RUN --out samples.npz."
 
 

@@ -27,6 +27,11 @@ def test_error():
     assert Figure(1.0, "nats", 10, 0).error() == Figure(1.0, "nats", 10, 0, math.nan).error() == ""
 
 
+def test_small_p_values_are_not_zero():
+    assert Figure(1e-9, "p-value", 10, 0).text() == "< 0.001"
+    assert Figure(0.0301, "p-value", 10, 0).text() == "0.030"
+
+
 def test_json_round_trip():
     figures = {
         "a": Figure(1.0, "nats", 10, 3, 0.1, note="held out"),

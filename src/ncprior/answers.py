@@ -151,7 +151,10 @@ def _trust(prior: NoiseContrastivePrior, figures: Figures, findings: Sequence[Gr
                 "that is what ratios or sampler missed"
             )
         else:
-            for_it.append(f"a fresh classifier cannot tell NCP samples from posterior, {accuracy}")
+            for_it.append(
+                "a fresh classifier does not tell NCP samples from the posterior beyond doubt, "
+                f"{accuracy} on {figures['c2st_ncp'].samples:,} test images"
+            )
     unreliable = [f.group for f in findings if f.word == "unreliable"]
     if unreliable and not separated:
         against.append(f"{name_groups(unreliable)}: unreliable (the table says why)")

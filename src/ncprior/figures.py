@@ -26,6 +26,8 @@ class Figure(NamedTuple):
 
     def text(self) -> str:
         """The value with as many digits as its error supports, three at least."""
+        if self.unit == "p-value" and self.value < 0.001:
+            return "< 0.001"
         digits = 3
         if self.se is not None and self.se > 0 and math.isfinite(self.se):
             digits = min(6, max(1, 1 - math.floor(math.log10(self.se))))
