@@ -29,7 +29,7 @@ from ncprior.metrics.frechet import (
 )
 from ncprior.metrics.kernel import kid
 from ncprior.metrics.modes import Modes, class_counts, compare_modes
-from ncprior.metrics.neighbours import as_compared, memorised
+from ncprior.metrics.neighbours import as_compared, memorised, nearest
 from ncprior.metrics.precision_recall import prdc
 from ncprior.numerics import stream
 from ncprior.training.progress import progress_bar
@@ -105,7 +105,8 @@ def quality_figures(
     if "near" in metrics:
         train = torch.cat([as_compared(data.raw(part)) for part in splits.train.split(5000)])
         heldout = as_compared(_some(reference, min(NEAR_ROWS, len(train))))
-        made["near"] = lambda name, part, _: _near(name, part, train, heldout, seed)
+        typical = nearest(heldout, train).distance[:, 0]  # once for all sets
+        made["near"] = lambda name, part, _: _near(name, part, train, heldout, typical, seed)
     if judge is not None:
         count = _Classes(judge, judge is space, data, splits, reference, against, seed)
         made["modes"] = count
@@ -221,9 +222,11 @@ def _prdc(name: str, features: Tensor, against: Tensor, unit: str, seed: int) ->
     }
 
 
-def _near(name: str, images: Tensor, train: Tensor, heldout: Tensor, seed: int) -> Figures:
+def _near(
+    name: str, images: Tensor, train: Tensor, heldout: Tensor, typical: Tensor, seed: int
+) -> Figures:
     compared = as_compared(_some(images, NEAR_ROWS))
-    near, closer = memorised(compared, train, heldout)
+    near, closer = memorised(compared, train, heldout, typical=typical)
     n, h = len(compared), len(heldout)
     notes = {
         f"near_train_{name}": (

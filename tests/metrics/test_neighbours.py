@@ -105,6 +105,16 @@ def test_smooth_samples_are_near_but_no_closer_to_train(rng):
     assert abs(found.closer_to_train.value - 0.5) < 4 * found.closer_to_train.se
 
 
+def test_known_distances_of_heldout_images_change_nothing(rng):
+    samples, train, heldout = images(50, rng), images(100, rng), images(40, rng)
+    typical = nearest(heldout, train).distance[:, 0]
+    assert memorised(samples, train, heldout, typical=typical) == memorised(samples, train, heldout)
+    far = memorised(samples, train, heldout, typical=0 * typical)
+    assert far.near.value == 0 and far.near.se > 0  # none of 50 is not certainly none
+    with pytest.raises(ValueError, match=r"typical must have the shape \(40,\), got \(50,\)"):
+        memorised(samples, train, heldout, typical=torch.zeros(50))
+
+
 def test_memorised_rejects(rng):
     with pytest.raises(ValueError, match="held-out images between 20 and"):
         memorised(images(10, rng), images(50, rng), images(51, rng))

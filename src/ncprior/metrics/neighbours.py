@@ -112,7 +112,9 @@ class Memorised(NamedTuple):
     where nothing was memorised, however smooth the samples."""
 
 
-def memorised(samples: Tensor, training: Tensor, heldout: Tensor) -> Memorised:
+def memorised(
+    samples: Tensor, training: Tensor, heldout: Tensor, *, typical: Tensor | None = None
+) -> Memorised:
     """Whether samples lie nearer to training images than images do that were not trained on.
 
     `near` compares distances to all training images; its error is for this training set, from the
@@ -126,6 +128,8 @@ def memorised(samples: Tensor, training: Tensor, heldout: Tensor) -> Memorised:
         training: (m, f), all of them.
         heldout: (h, f), images of the same law that the model was not trained on, 20 at least and
             no more than training images.
+        typical: Distances (h,) of the held-out images to their nearest training images, where they
+            are known already: most of the work is to find them.
 
     Raises:
         ValueError: too few rows, or as for `nearest`.
@@ -137,9 +141,11 @@ def memorised(samples: Tensor, training: Tensor, heldout: Tensor) -> Memorised:
             f"samples must be at least 2, held-out images between {LEAST} and the number of "
             f"training images, got {len(samples)}, {len(heldout)} and {len(training)}"
         )
-    to_train = nearest(samples, training).distance[:, 0]
-    typical = nearest(heldout, training).distance[:, 0]
     h = len(heldout)
+    typical = nearest(heldout, training).distance[:, 0] if typical is None else typical
+    if typical.shape != (h,):
+        raise ValueError(f"typical must have the shape ({h},), got {tuple(typical.shape)}")
+    to_train = nearest(samples, training).distance[:, 0]
     both = torch.cat([training[torch.arange(h) * len(training) // h], heldout])
     return Memorised(_near(to_train, typical), _side(nearest(samples, both).row[:, 0], h))
 
@@ -152,7 +158,9 @@ def _near(samples: Tensor, heldout: Tensor) -> Estimate:
     share = float((samples < threshold).double().mean())
     # A threshold that is off by a share of held-out images is off by so much of a share of samples.
     slope = float(((samples >= low) & (samples < high)).double().mean()) / NEAR
-    variance = share * (1 - share) / len(samples) + slope**2 * NEAR * (1 - NEAR) / len(heldout)
+    n = len(samples) + 4
+    drawn = (share * len(samples) + 2) / n  # not 0 nor 1, where an error of 0 would be wrong
+    variance = drawn * (1 - drawn) / n + slope**2 * NEAR * (1 - NEAR) / len(heldout)
     return Estimate(share, math.sqrt(variance))
 
 
