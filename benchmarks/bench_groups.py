@@ -1,4 +1,4 @@
-"""Many classifiers at a time, and SIR with the split first convolution.
+"""Many classifiers at a time, and SIR with the split first convolution and folded layers.
 
 python benchmarks/bench_groups.py
 """
@@ -19,7 +19,7 @@ from ncprior.training.stacks import Stacks
 from ncprior.vaes import build_vae
 from ncprior.walk import from_prior, walk
 
-BATCH, GROUPS, PROPOSALS, IMAGES = 64, 10, 500, 4
+BATCH, GROUPS, PROPOSALS, IMAGES = 64, 10, 500, 2
 
 
 def classifiers() -> None:
@@ -70,7 +70,10 @@ def classifiers() -> None:
 
 
 class Concatenated:
-    """The same network as one would write it: z and its context stacked for each proposal."""
+    """The same network as one would write it: z and its context stacked for each proposal.
+
+    Its layers are run one by one; ours are folded for sampling (`ratios.folded`).
+    """
 
     def __init__(self, ratio: ConvRatio, context: Tensor) -> None:
         self.ratio, self.context = ratio, context
@@ -117,7 +120,7 @@ def split_convolution(name: str, image_shape: tuple[int, ...], options: dict[str
         return run(Concatenated(ratio, group.context))
 
     assert torch.equal(split(), concatenated())  # the same picks
-    seconds = interleaved({"concatenated": concatenated, "split": split})
+    seconds = interleaved({"concatenated": concatenated, "split": split}, repeats=7, warmup=1)
     context = tuple(group.context.shape[1:])
     show(
         f"SIR, {PROPOSALS} proposals, {name}: latents {tuple(shape)}, context {context}",
