@@ -130,8 +130,8 @@ def test_false_positives(rng):
 
 @pytest.mark.slow
 def test_false_positives_of_the_default_classifier(rng):
-    share = false_positives(rng, 200, folds=3)
-    level = expected_below(0.1, 20)
+    share = false_positives(rng, 200, folds=2)
+    level = expected_below(0.1, 15)
     assert abs(share - level) < 4 * math.sqrt(level * (1 - level) / 200)
 
 

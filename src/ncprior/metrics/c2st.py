@@ -52,8 +52,8 @@ def c2st(
 
     Returns:
         The accuracy with its standard error over pairs of rows. The error takes folds as
-        independent, which is right where laws differ (Bayle et al., NeurIPS 2020) and up to a fifth
-        too small where they are equal.
+        independent, which is right where laws differ (Bayle et al., NeurIPS 2020); where they are
+        equal it was a fifth to a quarter too small in simulations. The p-value does not use it.
 
     Raises:
         ValueError: shapes that do not go together, fewer than 10 rows for each fold, fewer than 2

@@ -193,9 +193,9 @@ def _plane(
     rows, pilot = splits.test[order[: latent_plots.POINTS]], splits.train[:30]
     if len(rows) < 3:
         return None
-    options = {"proposals": min(proposals, 1000), "seed": seed}
-    (_, samples), *_ = group_samples(vae, prior, data, rows, pilot, **options)
-    return latent_plots.plane(samples)
+    pool = min(proposals, 1000)
+    drawn = group_samples(vae, prior, data, rows, pilot, proposals=pool, seed=seed)
+    return latent_plots.plane(next(drawn)[1])
 
 
 def _ratio_plots(
