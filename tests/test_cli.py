@@ -169,7 +169,7 @@ MISTAKES = [
     (["sample", "{run}", "--out", "{empty}/x.jpg"], ".npz"),
     (["sample", "{run}", "--out", "{empty}/x.npz", "--prior", "nope"], "reconstruction"),
     (["diagnose", "{run}", "--samples", "3"], "--samples"),
-    (["evaluate", "{run}", "--metrics", "fid"], "fd or nll"),
+    (["evaluate", "{run}", "--metrics", "fid"], "must be some of nll, fd"),
     (["train", "{none}.toml", "--out", "{empty}/r"], "does not exist"),
     (["train", "{recipe}", "--out", "{run}"], "--resume"),
     (["train", "{recipe}"], "--out"),

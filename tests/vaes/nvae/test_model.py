@@ -183,7 +183,7 @@ def test_importance_weighted_bound_of_an_exact_posterior(flows, rng):
     with torch.no_grad():
         walked = walk(vae, choose, 2, vae.encode(images))
         log_w.append(vae.emit(walked.state).log_prob(images))
-    torch.testing.assert_close(bound, torch.stack(log_w).sum(0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(bound, torch.stack(log_w).sum(0).double(), rtol=1e-4, atol=1e-3)
 
 
 def test_training_raises_the_elbo(digits):
