@@ -117,7 +117,11 @@ GROUPS = {"samples": 60, "proposals": 30, "group_samples": 250, "group_proposals
 
 @pytest.fixture(scope="module")
 def hierarchical():
-    """z1 of the posterior is far too narrow; z2 given z1 is as in the prior."""
+    """z1 of the posterior is far too narrow; z2 given z1 has a hole that the classifiers miss.
+
+    The images vary less than the decoder supposes (0.36 for 0.47), so that posterior means of z2
+    do as well. After 120 steps the JSD is still 0.001; the witness sees it.
+    """
     vae = TwoGroups(widen=0.5)
     noise = torch.randn(2500, 1, 1, 3, generator=torch.Generator().manual_seed(0))
     images = (0.5 + 0.4 * noise).clamp(0, 1)
@@ -137,7 +141,9 @@ def test_each_group_has_figures_and_a_line(hierarchical):
         assert figures[f"mmd_base_{k}"].samples == 250
         assert figures[f"ess_share_{k}"].samples == 60  # the pools of what was drawn
     assert [f.group for f in found.groups] == [0, 1]
-    assert found.groups[0].word == "mended" and found.groups[1].word == "no hole"
+    assert found.groups[0].word == "mended" and found.groups[1].word == "improved"
+    gaps = [figures[f"gap_{name}_1"] for name in ("base", "ncp")]
+    assert all(gap.value > 4 * gap.se for gap in gaps)
 
 
 def test_totals_over_groups(hierarchical):
@@ -150,9 +156,9 @@ def test_totals_over_groups(hierarchical):
 
 def test_several_groups_print_as_two_tables(hierarchical):
     text = str(hierarchical[3])
-    assert "gap closed" in text and "q to NCP" in text and "no hole" in text
+    assert "gap closed" in text and "q to NCP" in text and "improved" in text
     assert "jsd 0" not in text and "nats in group 0, the largest)" in text
-    assert "Mended: group 0. No hole: group 1." in text
+    assert "Mended: group 0. Improved: group 1." in " ".join(text.split())
 
 
 def test_groups_that_keep_their_base(hierarchical):
@@ -192,7 +198,7 @@ def test_a_group_that_was_not_fitted(hierarchical):
     part.record = prior.record | {"groups": [None, prior.record["groups"][1]]}
     assert {*held_out_figures(part)} == {"kl", "nce_loss_1", "jsd_1", "kl_1"}
     found = ncprior.diagnose(vae, images, prior=part, **GROUPS)
-    assert [f.word for f in found.groups] == ["not fitted", "no hole"]
+    assert [f.word for f in found.groups] == ["not fitted", "improved"]
     assert "mmd_base_0" in found.figures and "mmd_ncp_0" not in found.figures
     assert found.figures["kl"].note == "held out, sum over 1 of 2 groups"
     assert math.isfinite(found.figures["ess_share"].value)

@@ -1,10 +1,13 @@
 """MMDs and gaps of groups where the hole, and what mends it, are known."""
 
+import math
+
 import pytest
 import torch
 from test_group_samples import Tilt, hole
+from toys import TwoGroups
 
-from ncprior.data import Splits
+from ncprior.data import Splits, as_data
 from ncprior.figures import Figure
 from ncprior.group_figures import largest_jsd, mmd_figures, overall
 from ncprior.priors import NoiseContrastivePrior
@@ -92,3 +95,27 @@ def test_gaps_of_a_hole_and_of_the_exact_ratio(toy):
     same = mmd_figures(vae, alike, data, SPLITS, images=600, proposals=50)
     assert same["gap_gain_0"].value == pytest.approx(0, abs=1e-6)
     assert same["gap_base_0"].value == pytest.approx(same["gap_ncp_0"].value)
+
+
+def test_without_a_hole_gaps_are_standard_normal():
+    """Images drawn from the VAE itself, whose posterior is exact: q(z_k | z_<k) is the prior.
+
+    Of 2 groups and 12 seeds the squared scores sum to a chi square of 24 degrees, of standard
+    deviation 7. An NCP that is wrong shows in the same data.
+    """
+    vae = TwoGroups()
+    for parameter, value in ((vae.b, 0.7), (vae.c, 0.1), (vae.e, -0.05)):
+        parameter.data.fill_(value)
+    vae.sigma = 0.05
+    spread = math.sqrt(0.02**2 + vae.sigma**2 + (0.1 * vae.s) ** 2)  # 0.07, so that none is cut off
+    prior = NoiseContrastivePrior([Tilt(1.0), Tilt(0.7)])
+    scores, wrong = [], []
+    for seed in range(12):
+        noise = torch.randn(1500, 1, 1, 3, generator=torch.Generator().manual_seed(seed))
+        data, _ = as_data(0.5 + spread * noise, None, 0)
+        splits = Splits(ROWS[:1000], ROWS[1000:1001], ROWS[1001:1500])
+        found = mmd_figures(vae, prior, data, splits, proposals=20, seed=seed)
+        scores += [found[f"gap_base_{k}"].value / found[f"gap_base_{k}"].se for k in (0, 1)]
+        wrong.append(found["gap_gain_1"].value)
+    assert 24 - 3 * 7 < sum(x**2 for x in scores) < 24 + 3.5 * 7
+    assert sum(wrong) < 0
