@@ -189,7 +189,7 @@ def test_presets(preset, rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "tiny"}, "preset must be one of small, large, published, groups, "),
+        ({"preset": "tiny"}, "preset must be one of small, large, "),
         ({"network": "cnn"}, "network must be one of mlp, residual, conv"),
         ({"steps": 0}, "steps must be positive"),
         ({"batch_size": -1}, "batch_size must be positive"),
