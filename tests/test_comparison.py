@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from toys import SPREAD, TwoGroups, gaussian_images, linear_vae
+from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
 from ncprior.comparison import Comparison, Score, compare, load_comparison, save_comparison
@@ -26,15 +26,6 @@ def splits():
     return random_splits(500, 50, 120, seed=0)
 
 
-def vae(**changes):
-    """`linear_vae` whose decoder undoes its encoder."""
-    found = linear_vae(**changes)
-    with torch.no_grad():
-        found.decoder.layer.weight.copy_(SPREAD / 0.6 * torch.eye(2))
-        found.decoder.layer.bias.fill_(0.5 - SPREAD / 0.6 * 0.8)
-    return found
-
-
 def options(**changes):
     return {
         "priors": ["gaussian", "mixture", "ncp"],
@@ -49,7 +40,7 @@ def options(**changes):
 
 def test_better_priors_score_better(data, splits):
     """q(z) is N(0.8, 0.6^2): the mixture is nearly that, N(0, I) is not."""
-    found = compare(vae(), data, splits, **options())
+    found = compare(linear_vae(), data, splits, **options())
     by = {(s.prior, s.seed): s.values for s in found.scores}
     for seed in (0, 1):
         base, mixture = by["gaussian", seed], by["mixture", seed]
@@ -63,20 +54,20 @@ def test_better_priors_score_better(data, splits):
 
 
 def test_kept_priors_are_not_fitted_again(data, splits, tmp_path, monkeypatch):
-    once = compare(vae(), data, splits, directory=tmp_path, **options(seeds=1))
+    once = compare(linear_vae(), data, splits, directory=tmp_path, **options(seeds=1))
 
     def fail(*_, **__):
         raise AssertionError("fitted again")
 
     monkeypatch.setattr("ncprior.comparison.fit_prior", fail)
     monkeypatch.setattr("ncprior.comparison.fit_density", fail)
-    again = compare(vae(), data, splits, directory=tmp_path, resume=True, **options(seeds=1))
+    again = compare(linear_vae(), data, splits, directory=tmp_path, resume=True, **options(seeds=1))
     timed = ("fit_seconds", "seconds_per_1000")
     for a, b in zip(once.scores, again.scores, strict=True):
         for name in a.values.keys() - set(timed):
             assert a.values[name] == pytest.approx(b.values[name], rel=1e-5), name
         assert a.values["fit_seconds"] == b.values["fit_seconds"]
-    other = vae()  # whose priors these are not
+    other = linear_vae()  # whose priors these are not
     other.decoder.layer.bias.data += 0.01
     with pytest.raises(AssertionError, match="fitted again"):
         compare(other, data, splits, directory=tmp_path, resume=True, **options(seeds=1))
@@ -125,7 +116,7 @@ def test_intervals_are_students(tmp_path):
 )
 def test_arguments(changes, message, data, splits):
     with pytest.raises(ValueError, match=message):
-        compare(vae(), data, splits, **options(**changes))
+        compare(linear_vae(), data, splits, **options(**changes))
 
 
 def test_hierarchical_vaes_are_refused(data, splits):
@@ -148,7 +139,7 @@ def test_draws_together_are_those_of_any_batch():
         def tempered(self, temperature):
             return self
 
-    slow = vae().with_prior(Slow())
+    slow = linear_vae().with_prior(Slow())
     whole = ncprior.draw(slow, None, 50, seed=1).latents[0]
     assert torch.equal(ncprior.draw(slow, None, 50, seed=1, batch_size=7).latents[0], whole)
     assert torch.equal(ncprior.draw(slow, None, 9, seed=1, first=30).latents[0], whole[30:39])

@@ -33,11 +33,14 @@ class LinearEncoder(nn.Module):
 
 
 class Reshape(nn.Module):
-    """A linear decoder to images (n, 1, 1, size)."""
+    """A linear decoder to images (n, 1, 1, size), which undoes `LinearEncoder`."""
 
-    def __init__(self, size=2):
+    def __init__(self, size=2, mean=0.8, spread=0.6):
         super().__init__()
         self.layer = nn.Linear(size, size)
+        with torch.no_grad():
+            self.layer.weight.copy_(SPREAD / spread * torch.eye(size))
+            self.layer.bias.fill_(0.5 - SPREAD / spread * mean)
 
     def forward(self, z):
         return self.layer(z)[:, None, None]

@@ -95,9 +95,14 @@ class Comparison(NamedTuple):
             found.add_column(title, justify="right" if i else "left")
         for row in rows:
             found.add_row(*row)
+        return as_text(found, width=160) + f"\n{self.legend()}"
+
+    def legend(self) -> str:
+        """How to read the table."""
         seeds = len({score.seed for score in self.scores})
-        said = "± is half a 95 % interval" if seeds > 1 else "one seed: no intervals"
-        return as_text(found, width=160) + f"\n{seeds} seeds; {said}; ** best beyond the intervals."
+        if seeds == 1:
+            return "One seed: no intervals, and nothing is marked as best."
+        return f"{seeds} seeds; ± is half a 95 % interval; the best is marked where beyond them."
 
     def _values(self, column: str, names: Sequence[str]) -> list[dict[int, float]]:
         return [

@@ -19,7 +19,7 @@ from ncprior.group_figures import overall
 from ncprior.group_samples import group_samples
 from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
-from ncprior.report import facts, latent_plots, latents, plots, words
+from ncprior.report import compared, facts, latent_plots, latents, plots, words
 from ncprior.report.pictures import grid
 from ncprior.runs import Run
 from ncprior.sources import training_images
@@ -139,6 +139,7 @@ def _content(
         "seed": seed,
         "figures": [facts.figure_row(key, figure) for key, figure in overall(figures).items()],
         "groups": section,
+        "comparison": compared.section(run.path / "compare"),
         "distances": plots.frechet(figures) if {*DISTANCES} <= {*figures} else None,
         "stage_1": _stage_1(curves["vae"]),
         "stage_2": _stage_2(prior, curves["ncp"], logs),
