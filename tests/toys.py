@@ -50,7 +50,11 @@ def linear_vae(mean=0.8, spread=0.6, noise=0.3, size=2):
     """A flat VAE whose aggregate posterior on `gaussian_images` is N(mean, spread^2 I)."""
     encoder = LinearEncoder(mean, spread, noise)
     return FlatVAE(
-        encoder, Reshape(size), Gaussian(0.1), latent_size=size, posterior_scale="log_scale"
+        encoder,
+        Reshape(size, mean, spread),
+        Gaussian(0.1),
+        latent_size=size,
+        posterior_scale="log_scale",
     ).eval()
 
 

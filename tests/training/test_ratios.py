@@ -246,9 +246,7 @@ def test_resuming_on_another_vae_is_refused(rng, tmp_path):
     options = {"evaluate_every": 5, "checkpoint_every": 5, "network_options": {"members": 2}}
     ncprior.fit_prior(linear_vae(), images, steps=8, directory=tmp_path, **options, **QUIET)
     again = {"directory": tmp_path, "resume": True, **options, **QUIET}
-    other = linear_vae()
-    other.decoder.layer.bias.data += 0.1
     with pytest.raises(ValueError, match="fingerprint"):
         ncprior.fit_prior(linear_vae(mean=3.0), images, steps=8, **again)
     with pytest.raises(ValueError, match="steps was 8, now it is 4"):
-        ncprior.fit_prior(other, images, steps=4, **again)
+        ncprior.fit_prior(linear_vae(), images, steps=4, **again)
