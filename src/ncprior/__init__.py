@@ -19,6 +19,7 @@ _HOME = {
     "diagnose": "ncprior.diagnosis",
     "draw": "ncprior.generation",
     "evaluate": "ncprior.evaluation",
+    "finetune_vae": "ncprior.training",
     "fit_prior": "ncprior.training",
     "generate": "ncprior.generation",
     "load_data": "ncprior.data",
@@ -41,6 +42,7 @@ __all__ = [
     "diagnose",
     "draw",
     "evaluate",
+    "finetune_vae",
     "fit_prior",
     "generate",
     "load_data",
@@ -69,5 +71,5 @@ if TYPE_CHECKING:
     from ncprior.generation import draw, generate
     from ncprior.priors import GaussianMixture, NoiseContrastivePrior
     from ncprior.runs import load_vae
-    from ncprior.training import fit_prior, train_vae
+    from ncprior.training import finetune_vae, fit_prior, train_vae
     from ncprior.vaes import NVAE, Bernoulli, Categorical, FlatVAE, Gaussian, build_vae

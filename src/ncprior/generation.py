@@ -12,6 +12,7 @@ from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.readjustment import readjusted
 from ncprior.samplers import annealed, langevin, sir
+from ncprior.samplers.annealed import MOVES, PARTICLES
 from ncprior.samplers.sir import block_for
 from ncprior.training.progress import progress_bar
 from ncprior.walk import Choose, Group, device_of, evaluating, walk
@@ -44,8 +45,8 @@ def draw(
     steps: int = 500,
     step_size: float = 0.1,
     final_step_size: float | None = 0.005,
-    particles: int = 64,
-    moves: int = 4,
+    particles: int = PARTICLES,
+    moves: int = MOVES,
     images: Tensor | None = None,
     seed: int = 0,
     first: int = 0,
@@ -72,7 +73,7 @@ def draw(
         steps: Langevin updates, from a draw of the base prior.
         step_size: Langevin's first lambda.
         final_step_size: Langevin's last; None for a constant one.
-        particles: Pool of each draw in annealing.
+        particles: Pool of each draw in annealing. Ratios in stages were fitted with the default.
         moves: Langevin steps of each particle there, at each temperature.
         images: Images (m, c, h, w): draw from their aggregate posterior instead of a prior, which
             gives reconstructions.

@@ -38,22 +38,23 @@ def jsd(loss: Tensor | float) -> Tensor | float:
     return LOG_2 - 0.5 * loss
 
 
-def calibrate(log_ratio_q: Tensor, log_ratio_p: Tensor) -> tuple[float, float]:
+def calibrate(log_ratio_q: Tensor, log_ratio_p: Tensor, most: float = 20.0) -> tuple[float, float]:
     """(temperature, shift) so that temperature * logit + shift has the smallest NCE loss.
 
     A temperature below 1 is that of an over-confident classifier; the shift moves log Z towards 0.
     The loss is convex in both; damped Newton steps find the minimum. The temperature is kept within
-    [0.05, 20].
+    [0.05, most].
 
     Args:
         log_ratio_q: Held-out logits at q(z), (n,).
         log_ratio_p: Held-out logits at p(z), (m,).
+        most: The largest temperature; 1 never makes a classifier more confident.
 
     Reference: Platt (1999); temperature scaling: Guo et al. (2017).
     """
     a, b = log_ratio_q.double(), log_ratio_p.double()
     temperature, shift = _newton(a, b, [1.0, 0.0], fixed=False)
-    bounded = min(20.0, max(0.05, temperature))
+    bounded = min(most, max(0.05, temperature))
     if bounded != temperature:
         _, shift = _newton(a, b, [bounded, 0.0], fixed=True)
     return bounded, shift

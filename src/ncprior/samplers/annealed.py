@@ -11,7 +11,9 @@ from torch import Generator, Tensor
 LogDensity = Callable[[Tensor, slice], Tensor]
 """z (j, m, *event) for the draws in a slice of range(n) to a log-density in nats, (j, m)."""
 
+PARTICLES, MOVES = 32, 4
 BEST_ACCEPTANCE = 0.574  # of Langevin proposals (Roberts and Rosenthal 1998)
+ESS_SHARE = 0.5
 SMALLEST_RISE = 1e-6  # of a stage, so that one of extreme ratios ends
 BISECTIONS = 20
 FIRST_STEP = 0.5
@@ -41,11 +43,11 @@ def annealed(
     log_base: LogDensity,
     log_ratios: Sequence[LogDensity],
     n: int,
-    particles: int,
+    particles: int = PARTICLES,
     *,
     generator: Generator | Sequence[Generator],
-    moves: int = 4,
-    ess_share: float = 0.5,
+    moves: int = MOVES,
+    ess_share: float = ESS_SHARE,
     chunk: int = 4096,
 ) -> AnnealedResult:
     """Sample r_1(z) ... r_T(z) p(z) / Z by a sequential Monte Carlo sampler.
@@ -64,7 +66,7 @@ def annealed(
         particles: Pool m of each.
         generator: Source of all randomness, on the device of the proposals; or one for each draw,
             which then depends on nothing else.
-        moves: Langevin steps at each temperature.
+        moves: Langevin steps at each temperature; twice as many more at the end of each stage.
         ess_share: Effective pool size to keep at each temperature, as a share of m.
         chunk: About how many particles are moved at a time; it changes speed and memory alone.
 
@@ -121,7 +123,7 @@ def anneal(
     *,
     generators: Sequence[Generator],
     moves: int,
-    ess_share: float,
+    ess_share: float = ESS_SHARE,
 ) -> Pools:
     """Take pools (j, m, *event) of draws of the base to draws of the base times all ratios.
 
@@ -153,11 +155,14 @@ def anneal(
             picks = _systematic(weights, rising, generators)
             resampled = z[torch.arange(j, device=z.device)[:, None], picks]
             scale = torch.maximum(_spread(resampled), 1e-4 * width)
-            found, share, step = _move(
+            found, share, size = _move(
                 walk.at(t, power), resampled, scale, step, moves, rising, generators
             )
+            step = torch.where(rising, size, step)
             z = torch.where(rising.view(-1, *[1] * (z.ndim - 1)), found, z)
             accepted += torch.where(rising, share, 0)
+        scale, every = torch.maximum(_spread(z), 1e-4 * width), torch.ones_like(rising)
+        z, _, step = _move(walk.at(t, power), z, scale, step, 2 * moves, every, generators)
     return Pools(z, log_z, accepted / levels, levels, stage_ess)
 
 

@@ -27,6 +27,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         noise_ratio=10.0,
         heldout=0.04,
     ),
+    # One of several classifiers in stages: moving its population takes longer than training it.
+    "stages": dict(
+        network="residual",
+        network_options=dict(width=64, blocks=2, dropout=0.2, members=1),
+        steps=400,
+        batch_size=128,
+        learning_rate=3e-3,
+        weight_decay=0.03,
+        noise_ratio=1.0,
+        heldout=0.15,
+    ),
     # The network of LARS, SNIS and the paper on MNIST.
     "published": dict(
         network="mlp",

@@ -23,8 +23,12 @@ def calibrate_and_judge(
     *,
     heldout_images: int,
     seed: int,
+    fit: bool = True,
+    most: float = 20.0,
 ) -> dict[str, Any]:
     """Calibrate `ratio` on held-out draws; return its figures and what they mean, in words.
+
+    Without `fit` it is judged as it is.
 
     Args:
         ratio: The network of one group; its temperature and shift are set.
@@ -34,10 +38,13 @@ def calibrate_and_judge(
         kl: Mean KL(q(z|x) || p(z)) of the group in nats.
         heldout_images: Number of images behind `heldout`.
         seed: Seed of the bootstrap.
+        fit: Whether to calibrate.
+        most: The largest temperature (`ratios.calibrate`).
     """
-    temperature, shift = calibrate(*heldout)
-    ratio.temperature.fill_(temperature)
-    ratio.shift.fill_(shift)
+    temperature, shift = calibrate(*heldout, most) if fit else (1.0, 0.0)
+    if fit:
+        ratio.temperature.fill_(temperature)
+        ratio.shift.fill_(shift)
     at_q, at_p = (temperature * logits + shift for logits in heldout)
     loss = float(nce_loss(at_q, at_p))
     seen_q, seen_p = (temperature * logits + shift for logits in seen)
