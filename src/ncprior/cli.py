@@ -41,6 +41,7 @@ class Which(StrEnum):
 class Sampler(StrEnum):
     sir = "sir"
     langevin = "langevin"
+    annealed = "annealed"
 
 
 class Base(StrEnum):
@@ -51,6 +52,7 @@ class Base(StrEnum):
 class Preset(StrEnum):
     small = "small"
     large = "large"
+    stages = "stages"
     published = "published"
     groups = "groups"
     groups_small = "groups-small"
@@ -141,6 +143,10 @@ def fit(
         str | None,
         typer.Option(help="Fit these latent groups only, such as 0-4,7, as a part of the prior."),
     ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(help="Ratios in a row, a number or adaptive, where one separates perfectly."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps at most.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the fit.")] = None,
     resume: Resume = False,
@@ -160,6 +166,7 @@ def fit(
     from ncprior.shares import process_place
 
     given = {"preset": preset, "base": base, "steps": steps, "seed": seed, "device": device}
+    given["stages"] = int(stages) if stages and stages.isdecimal() else stages
     changes = {
         k: str(v) if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None
     }
@@ -269,6 +276,7 @@ def diagnose(
     changes = {name: value for name, value in given.items() if value is not None}
     found = diagnose_run(Run.open(run), progress=not as_json, **changes)
     content = _flat(found.figures) | {
+        "answers": [answer._asdict() for answer in found.answers],
         "warnings": found.warnings,
         "figures": figures_as_json(found.figures),
     }

@@ -141,6 +141,9 @@ class BoundedRows(Repeated):
     Drawing and fitting never ask for it; what does, such as a KL that is reported, has a bound too.
     """
 
+    def __init__(self, prior: Any, num: int) -> None:
+        super().__init__(prior, num)
+
     def log_prob(self, value: Tensor) -> Tensor:
         fixed = stream(0, "two-stage bound", device=value.device)
         prior: Any = self.density

@@ -71,7 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         noise_ratio=1.0,
         heldout=0.1,
     ),
-    # Latent maps of few numbers, flattened: on a CPU a step costs a fifth of one of the last preset.
+    # Latent maps of few numbers, flattened: on a CPU a step costs a fifth of the last preset's.
     "groups-flat": dict(
         network="residual",
         network_options=dict(width=192, blocks=2, dropout=0.2, members=1),
