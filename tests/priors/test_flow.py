@@ -77,7 +77,7 @@ def test_one_latent(rng):
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="family must be one of nsf, realnvp, maf, got 'glow'"):
+    with pytest.raises(ValueError, match="family must be one of realnvp, nsf, maf, got 'glow'"):
         FlowPrior(2, family="glow")
 
 
