@@ -98,6 +98,7 @@ def test_calibrate_keeps_its_bounds(sign):
     temperature, shift = calibrate(a, b)
     assert temperature == (20.0 if sign > 0 else 0.05)
     assert shift == pytest.approx(0, abs=1e-6)
+    assert calibrate(a, b, most=1.0)[0] == (1.0 if sign > 0 else 0.05)
 
 
 def test_calibrate_finds_the_best_shift_at_a_bound(rng):

@@ -48,9 +48,13 @@ def test_reaches_a_posterior_far_from_the_base(rng):
     assert 2 <= len(found["stages"]) < module.MOST_STAGES
     n = 200
     z = ncprior.draw(vae, prior, n, sampler="annealed").latents[0]
-    # What a classifier does not see (JSD 0.02) is a shift of 0.4 spreads: JSD = shift^2 / 8.
-    assert abs(z.mean() - 4) < (4 / math.sqrt(2 * n) + 0.4) * 0.2
-    assert 0.6 < z.std() / 0.2 < 1.5
+    # A JSD of 0.02 allows for a share s of stragglers, as it is about s log(2) / 2, or for a shift
+    # of the others by 0.4 spreads, as it is about shift^2 / 8.
+    near = ((z - 4).abs() < 5 * 0.2).all(1)
+    most = 2 * module.INDISTINGUISHABLE_JSD / math.log(2)
+    assert 1 - near.double().mean() < most + 4 * math.sqrt(most / n)
+    assert abs(z[near].mean() - 4) < (4 / math.sqrt(2 * n) + 0.4) * 0.2
+    assert 0.6 < z[near].std() / 0.2 < 1.5
 
 
 def test_a_staged_prior_is_a_prior_like_any_other(few, images, tmp_path):

@@ -42,6 +42,19 @@ def test_separated_posterior(rng):
     assert "base = mixture" in group["warnings"][0]
 
 
+def test_without_calibration(rng):
+    """The same network, whose logits are left as they are."""
+    images, vae = gaussian_images(300, rng), linear_vae()
+    plain, raw = (
+        ncprior.fit_prior(vae, images, calibrate=wanted, **OPTIONS).ratios[0]
+        for wanted in (True, False)
+    )
+    assert (float(raw.temperature), float(raw.shift)) == (1.0, 0.0)
+    assert float(plain.temperature) != 1.0
+    z = torch.randn(9, 2, generator=rng)
+    torch.testing.assert_close(plain.temperature * raw(z) + plain.shift, plain(z))
+
+
 def test_healthy_posterior_has_no_warning(rng):
     assert fitted(rng).record["groups"][0]["warnings"] == []
 

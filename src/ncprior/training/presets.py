@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # One of several classifiers in stages: moving its population takes longer than training it.
     "stages": dict(
         network="residual",
-        network_options=dict(width=64, blocks=2, dropout=0.2, members=1),
+        network_options=dict(width=32, blocks=2, dropout=0.2, members=1),
         steps=400,
         batch_size=128,
         learning_rate=3e-3,

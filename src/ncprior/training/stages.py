@@ -105,6 +105,11 @@ def fit_stages(
 
     With "adaptive", until one cannot tell held-out draws of q from those of the prior so far.
 
+    What each classifier sees is what `sampler="annealed"` draws with its defaults, stragglers on
+    the way included, so that its JSD judges those draws. The pools do not wait for equilibrium:
+    log Z is what they estimate on the way, and tends to be too low (`metrics.estimate_log_z` has
+    better ways).
+
     Args:
         vae: The frozen VAE on its base prior, in evaluation mode.
         table: Evidence of the images to fit on.
@@ -158,8 +163,7 @@ def fit_stages(
             steps = sum(x["steps"] for x in [*population.figures, figures])
             seen = seen_pairs(vae, table, held, seed)
             judged = _judge(ratio, held, seen, population.figures, figures, seed)
-            estimate = log_z(population.log_z)._replace(k_hat=None)
-            return Fitted({0: ratio}, {0: judged}, steps, estimate)
+            return Fitted({0: ratio}, {0: judged}, steps, log_z(population.log_z))
         population = _advance(population, base, parts, ratio, stream(seed, "stage", t))
         population.figures[-1] = figures | population.figures[-1]
         parts.append(ratio)
