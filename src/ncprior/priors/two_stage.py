@@ -15,6 +15,10 @@ from ncprior.priors.fitting import Report, descend, first_weights, ignore
 from ncprior.priors.latent import LatentPrior
 from ncprior.walk import Repeated
 
+FIRST_LOG_NOISE = -1.0
+"""log gamma, and log scale of q(u | z), at the start. From gamma = 1, that of all the codes'
+variation, the second VAE ignores u and stays at a normal density."""
+
 
 class TwoStagePrior(LatentPrior):
     """z = f(u) + gamma noise with u ~ N(0, I): a decoder on latents, in standardised coordinates.
@@ -27,7 +31,8 @@ class TwoStagePrior(LatentPrior):
         hidden: Widths of the layers of encoder and decoder.
 
     Reference: Dai and Wipf (ICLR 2019). Published: 3 layers of 1024 with ReLU, the input beside the
-    last layer's, a learnt scalar gamma. Ours has SiLU and two narrower layers.
+    last layer's, a learnt scalar gamma from 1. Ours has SiLU, two narrower layers, and a gamma that
+    starts lower.
     """
 
     normalized = False
@@ -39,7 +44,8 @@ class TwoStagePrior(LatentPrior):
         self.hidden = tuple(hidden)
         self.encoder = _Network(latent_size, self.hidden, 2 * latent_size)
         self.decoder = _Network(latent_size, self.hidden, latent_size)
-        self.log_noise = nn.Parameter(torch.zeros(()))  # log gamma, of standardised codes
+        self.log_noise = nn.Parameter(torch.tensor(FIRST_LOG_NOISE))  # of standardised codes
+        nn.init.constant_(self.encoder.out.bias[latent_size:], FIRST_LOG_NOISE)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -97,7 +103,7 @@ class TwoStagePrior(LatentPrior):
         hidden: Sequence[int] = (512, 512),
         steps: int = 2000,
         batch_size: int = 256,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         weight_decay: float = 0.0,
         heldout: float = 0.1,
         seed: int = 0,
