@@ -26,6 +26,16 @@ def test_speaks_the_language_of_torch(pair, rng):
     torch.testing.assert_close(ours.kl(other), kl_divergence(torchs, torchs_other))
 
 
+@pytest.mark.parametrize("event_dim", [1, 2])
+def test_rows_that_share_a_scale(event_dim, rng):
+    """An expanded scale, whose logarithm is taken once, gives what its copies give."""
+    loc = torch.randn(5, 4, 3, generator=rng, dtype=torch.float64)
+    scale = torch.rand(4, 3, generator=rng, dtype=torch.float64).expand(5, -1, -1)
+    z = torch.randn(2, 5, 4, 3, generator=rng, dtype=torch.float64)
+    found = Normal(loc, scale, event_dim).log_prob(z)
+    torch.testing.assert_close(found, Independent(TorchNormal(loc, scale), event_dim).log_prob(z))
+
+
 @pytest.mark.parametrize("event_dim", [1, 2, 3])
 def test_draws_with_their_log_prob(event_dim, rng):
     """The same draws as `rsample`, differentiable, with the density that `log_prob` gives."""

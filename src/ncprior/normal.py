@@ -41,8 +41,7 @@ class Normal:
     ) -> tuple[Tensor, Tensor]:
         """The draws of `rsample` and their log-densities in nats, (*sample_shape, *batch)."""
         noise = self._noise(sample_shape, generator)
-        log_prob = self._over_event(-0.5 * (noise.square() + LOG_2_PI) - self.scale.log())
-        return torch.addcmul(self.loc, noise, self.scale), log_prob
+        return torch.addcmul(self.loc, noise, self.scale), self._log_prob_of_noise(noise)
 
     @torch.no_grad()
     def sample(
@@ -53,8 +52,7 @@ class Normal:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Normalised log-density in nats, the shape of `value` less the event."""
-        standard = (value - self.loc) / self.scale
-        return self._over_event(-0.5 * (standard.square() + LOG_2_PI) - self.scale.log())
+        return self._log_prob_of_noise((value - self.loc) / self.scale)
 
     def kl(self, other: "Normal") -> Tensor:
         """KL(self || other) in nats, of the batch shape, in closed form."""
@@ -75,6 +73,13 @@ class Normal:
     def _noise(self, sample_shape: Sequence[int], generator: Generator | None) -> Tensor:
         shape = (*sample_shape, *self.loc.shape)
         return torch.randn(shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype)
+
+    def _log_prob_of_noise(self, noise: Tensor) -> Tensor:
+        scale = self.scale
+        if scale.ndim > self.event_dim and scale.stride(0) == 0:
+            scale = scale[:1]  # all rows have the same: logarithms are slow
+        constant = 0.5 * LOG_2_PI * math.prod(self.event_shape)
+        return -0.5 * self._over_event(noise.square()) - self._over_event(scale.log()) - constant
 
     def _over_event(self, values: Tensor) -> Tensor:
         return values.flatten(values.ndim - self.event_dim).sum(-1)
@@ -139,7 +144,7 @@ class StandardNormal(nn.Module):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Normalised log-density in nats of z (..., d), shape (...)."""
-        return -0.5 * (value.square() + LOG_2_PI).sum(-1)
+        return -0.5 * (value.square().sum(-1) + LOG_2_PI * self.latent_size)
 
     def tempered(self, temperature: float) -> Normal:
         """N(0, temperature^2 I)."""

@@ -18,6 +18,9 @@ class Weights(NamedTuple):
     k_hat: Tensor  # (n,), Pareto shape of the tail (`ncprior.tail`); NaN without a tail
 
 
+WAITING = 256  # weights of an image that are taken in together
+
+
 class WeightSums:
     """The sums behind `Weights`, of which memory does not grow with the number of weights.
 
@@ -29,6 +32,7 @@ class WeightSums:
 
     def __init__(self, num: int) -> None:
         self.num, self.seen, self.kept = num, 0, tail_size(num) + 1
+        self.waiting: list[Tensor] = []
         self.sums: tuple[Tensor, Tensor, Tensor] | None = None
         self.largest: Tensor | None = None  # (up to `kept`, n), falling
 
@@ -38,13 +42,20 @@ class WeightSums:
         Raises:
             ValueError: NaN or +inf.
         """
-        new = log_weights.double()
-        top = new.amax(0)  # keeps NaN
-        if not (top < math.inf).all():
+        if not (log_weights < math.inf).all():
             raise ValueError(
                 "an importance weight is NaN or infinite; the VAE or the ratio network is not "
                 "usable on these images"
             )
+        self.waiting.append(log_weights)
+        self.seen += len(log_weights)
+        if sum(map(len, self.waiting)) >= WAITING:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        new = torch.cat(self.waiting).double()
+        self.waiting = []
+        top = new.amax(0)
         if self.sums is not None:
             top = torch.maximum(top, self.sums[0])
         floor = torch.where(top.isfinite(), top, 0)
@@ -57,10 +68,11 @@ class WeightSums:
         self.sums = (top, total, squares)
         both = new if self.largest is None else torch.cat([self.largest, new])
         self.largest = both.topk(min(self.kept, len(both)), 0).values
-        self.seen += len(new)
 
     def summary(self) -> Weights:
         """What all weights taken in say."""
+        if self.waiting:
+            self._take_in()
         assert self.sums is not None and self.largest is not None and self.seen == self.num
         top, total, squares = self.sums
         ess = total.square() / squares

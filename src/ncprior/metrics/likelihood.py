@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from ncprior.metrics.importance import Weights, WeightSums
 from ncprior.walk import Group, device_of, from_prior, walk
 
-CACHED_NUMBERS = 1 << 18
+CACHED_NUMBERS = 1 << 17
 """Numbers of the decoder's output at which a CPU is fastest: they stay in a core's cache."""
 
 
@@ -79,11 +79,12 @@ def importance_weighted_bounds(
     of_pool = None if pool is None else pool.double().logsumexp(0)
 
     evidence = vae.encode(images)
+    posterior = vae.group(vae.start(n), evidence).posterior if vae.num_groups == 1 else None
     copied = tuple(part.repeat(together, *[1] * (part.ndim - 1)) for part in evidence)
     for first in range(0, samples, together):
         copies = min(together, samples - first)
         repeated = tuple(part[: copies * n] for part in copied)
-        parts = _log_weights(vae, images, repeated, copies, prior, others, generator)
+        parts = _log_weights(vae, images, repeated, posterior, copies, prior, others, generator)
         for name, log_w in parts.items():
             sums[name].add(log_w)
         if of_pool is not None and pool is not None:
@@ -130,17 +131,25 @@ def _log_weights(
     vae: Any,
     images: Tensor,
     evidence: Any,
+    posterior: Any | None,
     copies: int,
     prior: Any | None,
     others: dict[str, Callable[[Tensor], Tensor]],
     generator: Generator,
 ) -> dict[str, Tensor]:
-    """log p(x|z) p(z) / q(z|x) for each prior, (copies, n)."""
+    """log p(x|z) p(z) / q(z|x) for each prior, (copies, n).
+
+    With one latent group the posterior of the n images serves all copies.
+    """
     log_p, log_q, log_r = [], [], []
 
     def choose(k: int, group: Group) -> Tensor:
-        assert group.posterior is not None
-        z, at_z = group.posterior.rsample_and_log_prob(generator=generator)
+        if posterior is not None:
+            of_copies, at_z = posterior.rsample_and_log_prob((copies,), generator=generator)
+            z, at_z = of_copies.flatten(0, 1), at_z.flatten()
+        else:
+            assert group.posterior is not None
+            z, at_z = group.posterior.rsample_and_log_prob(generator=generator)
         log_q.append(at_z)
         log_p.append(group.prior.log_prob(z))
         if prior is not None:
