@@ -232,6 +232,30 @@ def jsd_on_test_images(
     et al.). The held-out one of the fit is nearly that: its step was chosen, and two numbers of its
     calibration fitted, on the same draws. Nothing was chosen on these.
     """
+    at_q, at_p = log_ratios_on_test_images(
+        vae, prior, data, splits, images=images, seed=seed, batch_size=batch_size
+    )
+    of_q, of_p = mean_and_se(F.softplus(-at_q)), mean_and_se(F.softplus(at_p))
+    se = (of_q.se**2 + of_p.se**2) ** 0.5 / 2
+    note = "test images, a lower bound on average"
+    return Figure(float(jsd(of_q.value + of_p.value)), "nats", len(at_q), seed, se, note=note)
+
+
+def log_ratios_on_test_images(
+    vae: Any,
+    prior: NoiseContrastivePrior,
+    data: ImageDataset,
+    splits: Splits,
+    *,
+    images: int = 10_000,
+    seed: int = 0,
+    batch_size: int = 500,
+) -> tuple[Tensor, Tensor]:
+    """log r in nats at draws of q(z) and of the base prior, (n,) each, of a flat VAE.
+
+    There is one draw of q for each test image, and as many of the base; the ratios were fitted on
+    none of them.
+    """
     under = prior.under(vae)
     rows = _some(splits.test, images, seed)
     z = posterior_draws(under, data, rows, seed=seed, purpose="jsd", batch_size=batch_size)
@@ -240,11 +264,7 @@ def jsd_on_test_images(
         group = under.group(under.start(len(rows)))
         base = group.prior.sample(generator=stream(seed, "jsd base", device=device))
         z = z.view(base.shape).to(base)
-        at_q, at_p = (_log_ratios(prior, x) for x in (z, base))
-    of_q, of_p = mean_and_se(F.softplus(-at_q)), mean_and_se(F.softplus(at_p))
-    se = (of_q.se**2 + of_p.se**2) ** 0.5 / 2
-    note = "test images, a lower bound on average"
-    return Figure(float(jsd(of_q.value + of_p.value)), "nats", len(rows), seed, se, note=note)
+        return _log_ratios(prior, z), _log_ratios(prior, base)
 
 
 def _log_ratios(prior: NoiseContrastivePrior, z: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from ncprior.metrics import memorised, nearest
 from ncprior.metrics import neighbours as module
-from ncprior.metrics.neighbours import as_compared, neighbour_rows
+from ncprior.metrics.neighbours import as_compared
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 500])
@@ -118,14 +118,3 @@ def test_known_distances_of_heldout_images_change_nothing(rng):
 def test_memorised_rejects(rng):
     with pytest.raises(ValueError, match="held-out images between 20 and"):
         memorised(images(10, rng), images(50, rng), images(51, rng))
-
-
-def test_neighbour_rows(rng):
-    train = torch.rand(20, 1, 4, 4, generator=rng)
-    samples = train[[3, 7]] * 0.999
-    rows = neighbour_rows(samples, train, 2)
-    assert rows.shape == (6, 1, 4, 4)
-    assert torch.equal(rows[0], samples[0]) and torch.equal(rows[1], train[3])
-    assert torch.equal(rows[3], samples[1]) and torch.equal(rows[4], train[7])
-    with pytest.raises(ValueError, match="must be of one size"):
-        neighbour_rows(samples[..., :3], train)

@@ -124,10 +124,10 @@ def test_full_report(copy):
     copy.add_metrics(FIGURES)
     found = read(copy)
     assert_self_contained(found)
-    for title in ("Data", "Reconstructions", "Base samples", "NCP samples"):
+    for title in ("Data", "Reconstructions", "Base samples", "NCP samples", "Nearest training"):
         assert title in found.words
-    assert found.tags.count("img") == 4
-    assert found.tags.count("svg") == 7  # distances, ELBO, KL, NCE, plane, log r, ESS
+    assert found.tags.count("img") == 5
+    assert found.tags.count("svg") == 8  # distances, ELBO, KL, NCE, plane, log r, ESS, reliability
     assert "75.0 %" in found.words and "± 5 %" in found.words
     assert "3.450 %" in found.words
     assert "<i>a & b</i>" in found.words
@@ -143,14 +143,14 @@ def test_a_prior_without_measurements(fitted):
     assert "Not measured yet: gap closed, ESS share" in found.words
     assert "Nothing has been measured yet" in found.words
     assert "JSD" in found.words and "log Z" in found.words
-    assert found.tags.count("img") == 4 and found.tags.count("svg") == 6
+    assert found.tags.count("img") == 5 and found.tags.count("svg") == 7
 
 
 def test_no_prior(bare):
     found = read(bare)
     assert_self_contained(found)
     assert "There are no NCP samples" in found.words
-    assert found.tags.count("img") == 3 and found.tags.count("svg") == 2
+    assert found.tags.count("img") == 4 and found.tags.count("svg") == 2
 
 
 def test_a_nasty_name_is_escaped_and_quoted_for_the_shell(fitted):

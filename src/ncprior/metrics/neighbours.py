@@ -170,23 +170,3 @@ def _side(rows: Tensor, first: int) -> Estimate:
     images, counts = rows.unique(return_counts=True)
     apart = (images < first).double() - share
     return Estimate(share, float((counts * apart).square().sum().sqrt()) / len(rows))
-
-
-def neighbour_rows(samples: Tensor, training_images: Tensor, k: int = 5) -> Tensor:
-    """Each sample followed by its k nearest training images, (n (k + 1), c, h, w).
-
-    `report.grid` with k + 1 columns makes a picture of them.
-
-    Args:
-        samples: Images (n, c, h, w) in [0, 1].
-        training_images: Images (m, c, h, w) in [0, 1].
-        k: Neighbours of each.
-    """
-    if samples.shape[1:] != training_images.shape[1:]:
-        raise ValueError(
-            "samples and training_images must be of one size, got "
-            f"{tuple(samples.shape)} and {tuple(training_images.shape)}"
-        )
-    rows = nearest(as_compared(samples), as_compared(training_images), k).row  # (n, k)
-    together = torch.cat([samples[:, None].float(), training_images[rows].float()], 1)
-    return together.flatten(0, 1)

@@ -17,20 +17,27 @@ from ncprior.diagnosis import held_out_figures
 from ncprior.generation import Draws, draw
 from ncprior.group_figures import overall
 from ncprior.group_samples import group_samples
+from ncprior.latent_figures import log_ratios_on_test_images
+from ncprior.metrics.calibration import reliability
 from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.report import compared, facts, latent_plots, latents, plots, words
+from ncprior.report.nearest import beside_nearest
 from ncprior.report.pictures import grid
+from ncprior.report.reliability import reliability_plot
 from ncprior.runs import Run
 from ncprior.sources import training_images
 from ncprior.storage import write_bytes
 
 COLUMNS = 8
+NEIGHBOURS = 5  # of each sample that is shown beside training images
+BESIDE = 8  # such samples
+BINS = 15  # of the reliability plot
 Curves = dict[str, plots.History]  # by stage, "vae" and "ncp"
 
 
 class Picture(NamedTuple):
-    """One of the four grids of images."""
+    """A grid of images."""
 
     name: str  # also the colour
     title: str
@@ -111,12 +118,13 @@ def _content(
     """Everything that the template fills in."""
     figures = run.metrics()
     known = (held_out_figures(prior) if prior is not None else {}) | figures
-    findings, section, plane = [], None, None
+    findings, section, plane, trust = [], None, None, None
     if prior is not None and drawn is not None and prior.num_groups > 1:
         findings = latents.findings_of(prior, known, drawn, proposals, seed)
         section = latents.section(prior, findings)
     elif prior is not None:
         plane = _plane(vae, prior, data, splits, proposals, seed)
+        trust = _reliability(vae, prior, data, splits, seed)
     logs = run.path / "logs"
     curves = {stage: facts.read_curves(logs / f"{stage}.csv") for stage in STAGES}
     name = words.shell_name(run)
@@ -134,6 +142,7 @@ def _content(
         "cards": words.cards(known, findings),
         "missing": words.missing(known),
         "pictures": [_picture(key, images[key], proposals) for key in images],
+        "nearest": _nearest(images, data, splits),
         "base_note": words.base_note(prior),
         "columns": COLUMNS,
         "seed": seed,
@@ -144,7 +153,7 @@ def _content(
         "stage_1": _stage_1(curves["vae"]),
         "stage_2": _stage_2(prior, curves["ncp"], logs),
         "fitted": facts.fitting(prior) if prior is not None else [],
-        "ratios": [*([plane] if plane else []), *_ratio_plots(prior, drawn, proposals)],
+        "ratios": [p for p in (plane, *_ratio_plots(prior, drawn, proposals), trust) if p],
         "facts": facts.tables(run, vae, prior, data),
         "recipe": facts.recipe_text(run),
         "commands": words.commands(name),
@@ -157,10 +166,23 @@ DISTANCES = ("fd_base", "fd_ncp", "fd_reconstruction")
 
 def _picture(name: str, images: Tensor, proposals: int) -> Picture:
     title, caption = words.pictures(proposals)[name]
-    content = grid(images, COLUMNS)
-    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return Picture(name, title, f"{len(images)} {caption}", *_png(images, COLUMNS))
+
+
+def _nearest(images: dict[str, Tensor], data: ImageDataset, splits: Splits) -> Picture:
+    """Samples of the NCP, else of the base, each with the training images nearest to it."""
+    name = "ncp" if "ncp" in images else "base"
+    beside = beside_nearest(images[name][:BESIDE], data, splits.train, NEIGHBOURS)
+    num = min(NEIGHBOURS, len(splits.train))
+    caption = words.nearest(name, num, len(splits.train))
+    return Picture(name, "Nearest training images", caption, *_png(beside, num + 1))
+
+
+def _png(images: Tensor, columns: int) -> tuple[str, int, int]:
+    """A grid of images as a data: address, its width and its height."""
+    content = grid(images, columns)
     width, height = struct.unpack(">II", content[16:24])  # where every PNG has them
-    return Picture(name, title, f"{len(images)} {caption}", source, width, height)
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}", width, height
 
 
 def _stage_2(
@@ -197,6 +219,16 @@ def _plane(
     pool = min(proposals, 1000)
     drawn = group_samples(vae, prior, data, rows, pilot, proposals=pool, seed=seed)
     return latent_plots.plane(next(drawn)[1])
+
+
+def _reliability(
+    vae: Any, prior: NoiseContrastivePrior, data: ImageDataset, splits: Splits, seed: int
+) -> plots.Plot | None:
+    """Observed against predicted log-odds on test images; none where these are too few."""
+    if len(splits.test) < 2 * BINS:
+        return None
+    at_q, at_p = log_ratios_on_test_images(vae, prior, data, splits, seed=seed)
+    return reliability_plot(reliability(at_q, at_p, BINS))
 
 
 def _ratio_plots(

@@ -14,7 +14,7 @@ from ncprior.report.words import base_name, describe
 from ncprior.runs import Run
 
 Rows = list[tuple[str, str]]
-KEPT = ("C2ST", "ESS", "FD", "JSD", "KL", "MMD", "NCE", "NCP", "NLL", "SWD", "Z")
+KEPT = ("C2ST", "ESS", "FD", "JSD", "KID", "KL", "MMD", "NCE", "NCP", "NLL", "SWD", "Z")
 WRITTEN = {word.lower(): word for word in KEPT}
 
 

@@ -48,8 +48,8 @@ def verdict_of(
         known: The same, with what the prior's own record has.
         prior: The prior, if it was fitted.
     """
-    if {"fd_base", "fd_ncp", "fd_reconstruction", "gap_closed"} <= {*measured} and _jsd(measured):
-        return verdict(measured)
+    if {"fd_base", "fd_ncp", "fd_reconstruction", "gap_closed"} <= {*measured} and _jsd(known):
+        return verdict(known)
     if prior is None:
         return (
             "This run has a trained VAE and no noise contrastive prior yet, so nothing has been "
@@ -217,6 +217,16 @@ def pictures(proposals: int) -> dict[str, tuple[str, str]]:
             "proposals",
         ),
     }
+
+
+def nearest(name: str, neighbours: int, images: int) -> str:
+    """What the picture of nearest training images shows."""
+    of = "of the noise contrastive prior" if name == "ncp" else "of the base prior"
+    return (
+        f"Each row: a sample {of}, then the {neighbours} nearest of all {images:,} training images "
+        "by Euclidean distance. A sample that is its neighbour to the pixel was memorised; the "
+        "figures near train and closer to train of 'ncprior evaluate' measure it."
+    )
 
 
 def base_note(prior: NoiseContrastivePrior | None) -> str:
