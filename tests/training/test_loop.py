@@ -401,7 +401,7 @@ def test_seed_decides(digits):
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"learning_rate": math.nan}, "learning_rate must be positive"),
         ({"learning_rate_end": 1.0}, "learning_rate_end must be between 0 and learning_rate"),
-        ({"optimizer": "sgd"}, 'optimizer must be "adamw" or "adamax", got \'sgd\''),
+        ({"optimizer": "sgd"}, 'optimizer must be "adamw", "adam" or "adamax", got \'sgd\''),
         ({"eps": 0.0}, "eps must be positive"),
         ({"retries": -1}, "retries must be at least 0"),
         ({"devices": 0}, "devices must be at least 1"),

@@ -65,6 +65,7 @@ def optimise(
     learning_rate_end: float = 0.0,
     optimizer: str = "adamw",
     eps: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
     warmup: int = 0,
     clip_norm: float | None = None,
@@ -103,6 +104,7 @@ def optimise(
         job.module,
         lr=learning_rate,
         eps=eps,
+        betas=betas,
         weight_decay=weight_decay,
         fused=not (scaled and clip_norm is not None),  # a fused step scales back only by itself
     )
@@ -253,12 +255,14 @@ def cosine(step: int, steps: int, warmup: int = 0, end: float = 0.0) -> float:
     return end + (1 - end) * falling
 
 
-def _make_optimizer(name: str, module: nn.Module, *, fused: bool, **options: float) -> Any:
+def _make_optimizer(name: str, module: nn.Module, *, fused: bool, **options: Any) -> Any:
     if name == "adamw":
-        return torch.optim.AdamW(module.parameters(), fused=fused, **options)  # type: ignore[arg-type]
+        return torch.optim.AdamW(module.parameters(), fused=fused, **options)
+    if name == "adam":
+        return torch.optim.Adam(module.parameters(), fused=fused, **options)
     if name == "adamax":
-        return torch.optim.Adamax(module.parameters(), foreach=True, **options)  # type: ignore[arg-type]
-    raise ValueError(f'optimizer must be "adamw" or "adamax", got {name!r}')
+        return torch.optim.Adamax(module.parameters(), foreach=True, **options)
+    raise ValueError(f'optimizer must be "adamw", "adam" or "adamax", got {name!r}')
 
 
 def _check(**positive: float) -> None:
