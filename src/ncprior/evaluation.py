@@ -10,7 +10,7 @@ from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.figures import Figure, Figures, as_json, as_text, from_json, table
 from ncprior.generation import Draws
 from ncprior.latent_figures import latent_figures
-from ncprior.nll_figures import measure_nll
+from ncprior.nll_figures import check_has_likelihood, measure_nll
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.quality_figures import METRICS as QUALITY_METRICS
 from ncprior.quality_figures import Spec, quality_figures
@@ -93,13 +93,16 @@ def evaluate(
         options: Other arguments of `draw`, such as `sampler`.
 
     Raises:
-        ValueError: an unknown metric, a count that is too small, or a prior for another VAE.
+        ValueError: an unknown metric, "nll" of an autoencoder, a count that is too small, or a
+            prior for another VAE.
     """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise ValueError(
             f"metrics must be some of {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}"
         )
+    if "nll" in metrics:
+        check_has_likelihood(vae)
     if samples < FEWEST_SAMPLES:
         raise ValueError(f"samples must be at least {FEWEST_SAMPLES}, got {samples}")
     if taken := {"base", "ncp", "reconstruction"} & set(priors or {}):

@@ -93,9 +93,10 @@ def measure_nll(
         progress: Show progress bars.
 
     Raises:
-        ValueError: a count that is too small, an unknown method, or others under several latent
-            groups.
+        ValueError: a count that is too small, an unknown method, others under several latent
+            groups, or an autoencoder.
     """
+    check_has_likelihood(vae)
     if images < 2 or importance_samples < 1 or log_z_draws < 2:
         raise ValueError(
             "images and log_z_draws must be at least 2 and importance_samples at least 1, "
@@ -164,6 +165,15 @@ def measure_nll(
         table.add(name, found.nll[name], 0.0, found.said(name))
         table.add_gain(f"gain_{name}", found.nll["base"] - found.nll[name], 0.0)
     return NLL(table.figures, warnings, estimates)
+
+
+def check_has_likelihood(vae: Any) -> None:
+    """Raise `ValueError` for an autoencoder, whose codes have no scale to weigh them by."""
+    if getattr(vae, "deterministic", False):
+        raise ValueError(
+            "metrics must leave out nll for an autoencoder: its encoder is deterministic, and a "
+            "likelihood would depend on the arbitrary code_scale; ask for --metrics fd,kid,prdc"
+        )
 
 
 class _Found(NamedTuple):

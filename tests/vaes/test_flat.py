@@ -91,6 +91,35 @@ def test_softplus_scale_stays_away_from_zero():
     assert vae.encode(torch.zeros(1, 1, 1, 1))[1].item() == pytest.approx(1e-5)
 
 
+def test_deterministic_encoder(rng):
+    """The code is the posterior's mean; its scale is fixed, and no output is spent on it."""
+    options = {"posterior_scale": "deterministic", "code_scale": 0.02, "latent_size": 3}
+    for network in ("mlp", "conv"):
+        vae = ncprior.build_vae((1, 4, 4), network=network, channels=(4, 4), **options).eval()
+        images = torch.rand(5, 1, 4, 4, generator=rng)
+        loc, scale = vae.encode(images)
+        torch.testing.assert_close(loc, vae.encoder(images))
+        torch.testing.assert_close(scale, torch.full((5, 3), 0.02))
+        again = ncprior.build_vae(vae.config["image_shape"], **without_shape(vae.config))
+        assert again.deterministic and again.code_scale == 0.02
+    assert vae.deterministic and not ncprior.build_vae((1, 4, 4)).deterministic
+
+
+def without_shape(config):
+    return {name: value for name, value in config.items() if name != "image_shape"}
+
+
+def test_deterministic_encoder_of_another_size():
+    options = {"posterior_scale": "deterministic", "latent_size": 2}
+    for found, said in ((torch.zeros(1, 4), r"\(1, 4\)"), ((1, 2), "tuple")):
+        vae = ncprior.FlatVAE(Returns(found), nn.Identity(), ncprior.Bernoulli(), **options)
+        with pytest.raises(ValueError, match=rf"codes of shape \(1, 2\), got {said}"):
+            vae.encode(torch.zeros(1, 1, 1, 1))
+    for scale in (0, -1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="code_scale must be positive and finite"):
+            ncprior.build_vae((1, 4, 4), code_scale=scale)
+
+
 def test_unknown_posterior_scale():
     with pytest.raises(ValueError, match="log_variance, log_scale, softplus, tanh, got 'std'"):
         ncprior.FlatVAE(nn.Identity(), nn.Identity(), nn.Identity(), 2, posterior_scale="std")

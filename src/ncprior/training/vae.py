@@ -1,4 +1,4 @@
-"""Stage 1: train the VAE by its ELBO under the base prior."""
+"""Stage 1: train the VAE by its ELBO under the base prior, or an autoencoder by another loss."""
 
 import dataclasses
 import math
@@ -14,9 +14,11 @@ from ncprior.normal import Normal
 from ncprior.numerics import stream
 from ncprior.training.balancing import balance, scale_weights
 from ncprior.training.loop import Place, optimise
+from ncprior.training.objectives import Autoencoding, check_objective
 from ncprior.training.order import RowOrder
 from ncprior.training.processes import make_fabric, mean_over_processes
 from ncprior.training.regularisation import FIRST_ITERATIONS, LATER_ITERATIONS, NormPenalty
+from ncprior.training.spectral import spectral_normalised
 from ncprior.training.synced import synchronised_batch_norms
 from ncprior.walk import Group, walk
 
@@ -35,6 +37,8 @@ class Elbo(nn.Module):
         mean: The mean over processes of what each of them found.
         kl_weight: Factor on the KL in the loss; the figures are those of the ELBO whatever it is.
     """
+
+    followed = "elbo"
 
     def __init__(
         self,
@@ -163,6 +167,7 @@ class _VAEJob:
         norm_penalty: float = 0.0,
         norm_penalty_initial: float | None = None,
         kl_weight: float = 1.0,
+        objective: Autoencoding | None = None,
         seed: int,
         device: torch.device,
         fabric: Any = None,
@@ -171,7 +176,7 @@ class _VAEJob:
         if norm_penalty:
             norms = NormPenalty(vae, generator=stream(seed, "power iteration"))
         self.fabric = fabric
-        self.module = Elbo(
+        self.module = objective or Elbo(
             vae, balanced=balanced, norms=norms, mean=self._mean, kl_weight=kl_weight
         )
         self.data, self.validation, self.device, self.seed = data, validation, device, seed
@@ -197,25 +202,28 @@ class _VAEJob:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
-        """The ELBO of validation images, shared out between processes."""
+        """ELBO or error of validation images, shared out between processes."""
         self.module.eval()
         draws = stream(self.seed, "validation images", self.rank)
         generator = self.validation_generator.manual_seed(self.rank)
-        total, rows = 0.0, self.validation[:2000]
+        total, rows, followed = 0.0, self.validation[:2000], self.module.followed
         for part in rows[self.rank :: self.world].split(500):
             if len(part):
                 images = self.data.batch(part, generator=draws).to(self.device)
-                total += float(self.module(images, generator)[1]["elbo"]) * len(part)
+                total += float(self.module(images, generator)[1][followed]) * len(part)
         self.module.train()
         if self.world > 1:
             total = self.world * float(self._mean(torch.tensor(total, dtype=torch.float64)))
-        return {"validation_elbo": total / len(rows)}
+        return {f"validation_{followed}": total / len(rows)}
 
     def should_stop(self) -> bool:
         return False
 
     def identity(self) -> dict[str, Any]:
-        return {"batch_size": self.order.batch_size, "training images": len(self.order.rows)}
+        known = {"batch_size": self.order.batch_size, "training images": len(self.order.rows)}
+        if isinstance(self.module, Autoencoding):
+            return known | {"objective": self.module.objective}
+        return known
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -240,6 +248,9 @@ def train_vae(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     warmup: int = 0,
+    objective: str = "elbo",
+    latent_weight: float | None = None,
+    decoder_weight: float | None = None,
     kl_weight: float = 1.0,
     kl_warmup: float = 0.2,
     kl_start: float = 0.0,
@@ -281,9 +292,18 @@ def train_vae(
         eps: The optimiser's; NVAE's Adamax has 1e-3.
         weight_decay: Decoupled with "adamw"; added to the gradient (L2) with "adamax".
         warmup: Steps over which the learning rate rises.
+        objective: "elbo", or for an autoencoder (`posterior_scale="deterministic"`) "wae-mmd",
+            "rae-l2", "rae-gp" or "rae-sn": the mean squared error of reconstructions and what
+            `Autoencoding` of `ncprior.training.objectives` adds. Its error takes the place of the
+            ELBO on validation images. There is no likelihood afterwards, so no NLL either, and
+            draws of N(0, I) are far from the codes unless it is "wae-mmd": fit a density to them,
+            as with `fit_prior(..., base="mixture")`.
+        latent_weight: Weight of the penalty on codes; that in `OBJECTIVES` there by default.
+        decoder_weight: Weight of the penalty on the decoder, of "rae-l2" and "rae-gp" alone.
         kl_weight: Weight of the KL in the loss. Below 1 posteriors become narrow and the hole in
             the prior large; the ELBO that is reported is that of weight 1.
-        kl_warmup: Share of the steps over which a factor beta on that weight rises to 1.
+        kl_warmup: Share of the steps over which a factor beta on that weight, or on
+            `latent_weight`, rises to 1.
         kl_start: Share of the steps before that, in which it is 1e-4.
         kl_balance: While beta is below 1, weigh the groups of latents as NVAE does, so that none is
             left unused.
@@ -332,29 +352,44 @@ def train_vae(
             "norm_penalty_initial and norm_penalty must both be positive, got "
             f"{norm_penalty_initial} and {norm_penalty}"
         )
+    check_objective(objective, vae, latent_weight, decoder_weight)
+    if objective != "elbo" and (kl_weight != 1 or kl_balance or norm_penalty):
+        raise ValueError(
+            "kl_weight, kl_balance and norm_penalty are of objective elbo; leave them out for "
+            f"{objective}, got {kl_weight}, {kl_balance} and {norm_penalty}"
+        )
     fabric = make_fabric(device, precision, devices)
     if batch_size % fabric.world_size:
         raise ValueError(
             f"batch_size must be divisible by the {fabric.world_size} processes, got {batch_size}"
         )
     vae.train()
-    job = _VAEJob(
-        vae,
-        data,
-        rows,
-        splits.validation,
-        batch_size=batch_size,
-        warmup_steps=kl_warmup * steps,
-        start_steps=kl_start * steps,
-        balanced=kl_balance,
-        norm_penalty=norm_penalty,
-        norm_penalty_initial=norm_penalty_initial,
-        kl_weight=kl_weight,
-        seed=seed,
-        device=fabric.device,
-        fabric=fabric,
-    )
-    with synchronised_batch_norms(vae, wanted=fabric.world_size > 1):
+    autoencoding = None
+    if objective != "elbo":
+        weights = {"latent_weight": latent_weight, "decoder_weight": decoder_weight}
+        autoencoding = Autoencoding(vae, objective, **weights)
+    normalised = objective == "rae-sn"
+    with (
+        spectral_normalised(vae.decoder if normalised else vae, wanted=normalised, seed=seed),
+        synchronised_batch_norms(vae, wanted=fabric.world_size > 1),
+    ):
+        job = _VAEJob(
+            vae,
+            data,
+            rows,
+            splits.validation,
+            batch_size=batch_size,
+            warmup_steps=kl_warmup * steps,
+            start_steps=kl_start * steps,
+            balanced=kl_balance,
+            norm_penalty=norm_penalty,
+            norm_penalty_initial=norm_penalty_initial,
+            kl_weight=kl_weight,
+            objective=autoencoding,
+            seed=seed,
+            device=fabric.device,
+            fabric=fabric,
+        )
         history = optimise(
             job,
             fabric,

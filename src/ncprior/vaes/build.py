@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncprior.vaes.flat import FlatVAE
+from ncprior.vaes.flat import DETERMINISTIC, FlatVAE
 from ncprior.vaes.likelihoods import LIKELIHOODS
 from ncprior.vaes.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from ncprior.vaes.nvae import NVAE
@@ -89,6 +89,7 @@ def flat_vae(
     likelihood_learned: bool = False,
     levels: int = 256,
     posterior_scale: str = "softplus",
+    code_scale: float = 1e-3,
 ) -> FlatVAE:
     """A VAE with one latent group.
 
@@ -102,7 +103,9 @@ def flat_vae(
         kernel: Size of the convolutions.
         likelihood: "bernoulli", "gaussian" (with `likelihood_scale`, `likelihood_learned`) or
             "categorical" (with `levels`).
-        posterior_scale: See `FlatVAE`.
+        posterior_scale: See `FlatVAE`; "deterministic" makes an autoencoder, whose encoder gives a
+            code and no scale.
+        code_scale: See `FlatVAE`.
     """
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
@@ -119,16 +122,22 @@ def flat_vae(
     }
     emission: Any = LIKELIHOODS[likelihood](**by_name[likelihood])
     outputs = (emission.outputs_per_pixel, emission.squash)
+    per_latent = 1 if posterior_scale == DETERMINISTIC else 2
+    encoder: MLPEncoder | ConvEncoder
+    decoder: MLPDecoder | ConvDecoder
     if network == "mlp":
-        encoder = MLPEncoder(image_shape, latent_size, hidden, activation)
+        encoder = MLPEncoder(image_shape, latent_size, hidden, activation, per_latent)
         decoder = MLPDecoder(image_shape, latent_size, hidden, activation, *outputs)
-        return FlatVAE(encoder, decoder, emission, latent_size, posterior_scale=posterior_scale)
+    else:
+        encoder = ConvEncoder(image_shape, latent_size, channels, kernel, per_latent)
+        decoder = ConvDecoder(image_shape, latent_size, channels, kernel, *outputs)
     return FlatVAE(
-        ConvEncoder(image_shape, latent_size, channels, kernel),
-        ConvDecoder(image_shape, latent_size, channels, kernel, *outputs),
+        encoder,
+        decoder,
         emission,
         latent_size,
         posterior_scale=posterior_scale,
+        code_scale=code_scale,
     )
 
 

@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class MLPEncoder(nn.Module):
-    """x less the training mean, through hidden layers, to (n, 2 d)."""
+    """x less the training mean, through hidden layers, to (n, 2 d), or (n, d) for a code alone."""
 
     image_mean: Tensor
 
@@ -26,10 +26,12 @@ class MLPEncoder(nn.Module):
         latent_size: int,
         hidden: Sequence[int],
         activation: str,
+        outputs_per_latent: int = 2,
     ) -> None:
         super().__init__()
         self.register_buffer("image_mean", torch.zeros(math.prod(image_shape)))
-        self.layers = _mlp([math.prod(image_shape), *hidden, 2 * latent_size], activation)
+        sizes = [math.prod(image_shape), *hidden, outputs_per_latent * latent_size]
+        self.layers = _mlp(sizes, activation)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images.flatten(1) - self.image_mean)
@@ -66,10 +68,15 @@ class MLPDecoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Stride-2 convolutions with batch norm and ReLU, then a linear layer to (n, 2 d)."""
+    """Stride-2 convolutions with batch norm and ReLU, then a linear layer to (n, 2 d) or (n, d)."""
 
     def __init__(
-        self, image_shape: Sequence[int], latent_size: int, channels: Sequence[int], kernel: int
+        self,
+        image_shape: Sequence[int],
+        latent_size: int,
+        channels: Sequence[int],
+        kernel: int,
+        outputs_per_latent: int = 2,
     ) -> None:
         super().__init__()
         widths = [image_shape[0], *channels]
@@ -85,7 +92,7 @@ class ConvEncoder(nn.Module):
         for _ in channels:
             height, width = (height + 1) // 2, (width + 1) // 2
         self.blocks = nn.Sequential(*blocks, nn.Flatten())
-        self.head = nn.Linear(channels[-1] * height * width, 2 * latent_size)
+        self.head = nn.Linear(channels[-1] * height * width, outputs_per_latent * latent_size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(images))
