@@ -5,6 +5,7 @@ import torch
 from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
+from ncprior import comparison
 from ncprior.comparison import Comparison, Score, compare, load_comparison, save_comparison
 from ncprior.data import random_splits
 
@@ -144,3 +145,35 @@ def test_draws_together_are_those_of_any_batch():
     assert torch.equal(ncprior.draw(slow, None, 50, seed=1, batch_size=7).latents[0], whole)
     assert torch.equal(ncprior.draw(slow, None, 9, seed=1, first=30).latents[0], whole[30:39])
     assert len(whole.unique(dim=0)) == 50
+
+
+def test_slow_densities_are_left_out_unless_asked_for(data, splits, monkeypatch):
+    """That of the diffusion prior is an equation to solve for each z."""
+    fit = comparison.fit_density
+
+    def short(name, codes, **settings):
+        return fit(name, codes, **settings | ({"steps": 5} if name == "diffusion" else {}))
+
+    monkeypatch.setattr(comparison, "fit_density", short)
+    changes = options(priors=["gaussian", "diffusion"], seeds=1, metrics=["nll"], images=2)
+    for asked in (False, True):
+        found = compare(linear_vae(), data, splits, slow_nll=asked, **changes)
+        scored = {score.prior for score in found.scores if "nll" in score.values}
+        assert scored == ({"gaussian", "diffusion"} if asked else {"gaussian"})
+
+
+def test_ratios_in_stages_are_drawn_by_annealing(data, splits, monkeypatch):
+    samplers = {}
+    draws = comparison.Kept.draws
+
+    def seen(self, name, source, num, *, sampler, **rest):
+        samplers[name] = sampler
+        return draws(self, name, source, num, sampler=sampler, **rest)
+
+    monkeypatch.setattr(comparison.Kept, "draws", seen)
+    monkeypatch.setattr(comparison, "TIMED", 40)
+    changes = options(priors=["gaussian", "ncp", "ncp-multistage"], seeds=1, samples=40)
+    found = compare(linear_vae(), data, splits, **changes | {"metrics": ["fd"]})
+    assert samplers["ncp-multistage"] == "annealed" and samplers["ncp"] == "sir"
+    by = {score.prior: score.values["fd"] for score in found.scores}
+    assert by["ncp-multistage"] < by["gaussian"]

@@ -29,6 +29,8 @@ RATIOS: dict[str, dict[str, Any]] = {
     "ncp-multistage": {"stages": "adaptive"},
 }
 """Noise contrastive priors by name, as arguments of `fit_prior`."""
+SAMPLERS = {"ncp-multistage": "annealed"}
+"""What noise contrastive priors are drawn by; SIR where it is not said."""
 COMPARED = (*PRIORS, *RATIOS)
 TIMED = 500
 """Draws that the time per 1000 is taken from."""
@@ -129,6 +131,7 @@ def compare(
     metrics: Sequence[str] = ("nll", "fd", "kid", "prdc"),
     images: int = 1000,
     importance_samples: int = 100,
+    slow_nll: bool = False,
     features: Spec | None = None,
     fit: dict[str, Any] | None = None,
     directory: Path | None = None,
@@ -149,6 +152,8 @@ def compare(
         metrics: "nll" and what `quality_figures` takes.
         images: Test images for the NLL.
         importance_samples: Posterior draws for each, the same for all priors.
+        slow_nll: Take the NLL also of priors that solve an equation for the density of each latent
+            (diffusion): an hour where the others take minutes.
         features: Feature space of the sample measures; see `load_features`.
         fit: Arguments of `fit_prior` for all noise contrastive priors.
         directory: Where fitted priors and scores are kept; nowhere by default.
@@ -185,9 +190,14 @@ def compare(
             if not pictures:
                 pictures = {name: part[:10] for name, part in images_of.items()}
         if "nll" in metrics:
+            known = {
+                name: prior
+                for name, (prior, _) in fitted.items()
+                if slow_nll or not getattr(prior, "slow_density", False)
+            }
             found |= _likelihoods(
-                vae, {name: prior for name, (prior, _) in fitted.items()}, data, splits,
-                images=images, importance_samples=importance_samples, seed=seed, progress=progress,
+                vae, known, data, splits, images=images, importance_samples=importance_samples,
+                seed=seed, progress=progress,
             )  # fmt: skip
         for name, (prior, fit_seconds) in fitted.items():
             values = {
@@ -301,9 +311,9 @@ def _samples(
     """Images of each prior and of reconstructions, and the seconds that 1000 of them take."""
     sources = {name: Source.of(vae, prior) for name, prior in priors.items()}
     sources["reconstruction"] = reconstructions(vae, data, splits, seed)
-    options = {"seed": seed, "proposals": proposals}
     found, seconds = {}, {}
     for name, source in sources.items():
+        options = {"seed": seed, "proposals": proposals, "sampler": SAMPLERS.get(name, "sir")}
         found[name] = kept.draws(name, source, samples, progress=progress, **options).images
         began = time.perf_counter()  # draws that were kept took no time just now
         Kept(None).draws(name, source, TIMED, progress=False, **options)

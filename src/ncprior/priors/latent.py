@@ -15,6 +15,7 @@ class LatentPrior(nn.Module):
 
     normalized: bool
     draws_together = 500  # one draw takes nearly as long as many
+    slow_density = False  # whether an equation is solved for the density of each z
     loc: Tensor  # (d,)
     spread: Tensor  # (d,)
 
