@@ -38,7 +38,7 @@ ONLY = {
     "training": RANKS[0] | RANKS[1],
 }
 # Looser, and only within that function: recipes read the signatures of what they feed.
-WITHIN = {("recipes", "known_keys", "diagnosis")}
+WITHIN = {("recipes", "known_keys", "diagnosis"), ("recipes", "known_keys", "vaebm")}
 # `runs` writes the version into config.toml.
 VERSION = {("runs", "__init__"), ("cli", "__init__"), ("report", "__init__")}
 

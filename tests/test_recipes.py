@@ -22,7 +22,7 @@ def test_recipe_is_read(tmp_path):
     ("text", "message"),
     [
         ("[trian]\nsteps = 1", r"unknown section 'trian' \(did you mean 'train'\?\)"),
-        ("[zzz]\nsteps = 1", "unknown section 'zzz'; known are data, diagnose, expected, fit"),
+        ("[zzz]\nsteps = 1", "unknown section 'zzz'; known are data, diagnose, energy, expected"),
         ("[train]\nstep = 1", r"unknown key in \[train\] 'step' \(did you mean 'steps'\?\)"),
         ("[fit]\nlearning_rat = 1", r"\[fit\] 'learning_rat' \(did you mean 'learning_rate'\?\)"),
         ("[vae]\nlatents = 1", r"\[vae\] 'latents' \(did you mean 'latent_size'\?\)"),
@@ -60,6 +60,7 @@ def test_every_key_is_an_argument():
         "data": ncprior.load_data,
         "train": ncprior.train_vae,
         "fit": ncprior.fit_prior,
+        "energy": ncprior.fit_energy,
         "diagnose": ncprior.diagnose,
     }
     for section, function in functions.items():

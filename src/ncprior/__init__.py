@@ -11,6 +11,7 @@ _HOME = {
     "FlatVAE": "ncprior.vaes",
     "Gaussian": "ncprior.vaes",
     "GaussianMixture": "ncprior.priors",
+    "ImageEnergy": "ncprior.vaebm",
     "ImageDataset": "ncprior.data",
     "NVAE": "ncprior.vaes",
     "NoiseContrastivePrior": "ncprior.priors",
@@ -18,8 +19,10 @@ _HOME = {
     "build_vae": "ncprior.vaes",
     "diagnose": "ncprior.diagnosis",
     "draw": "ncprior.generation",
+    "draw_with_energy": "ncprior.vaebm",
     "evaluate": "ncprior.evaluation",
     "finetune_vae": "ncprior.training",
+    "fit_energy": "ncprior.vaebm",
     "fit_prior": "ncprior.training",
     "generate": "ncprior.generation",
     "load_data": "ncprior.data",
@@ -35,14 +38,17 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "ImageDataset",
+    "ImageEnergy",
     "NoiseContrastivePrior",
     "Splits",
     "__version__",
     "build_vae",
     "diagnose",
     "draw",
+    "draw_with_energy",
     "evaluate",
     "finetune_vae",
+    "fit_energy",
     "fit_prior",
     "generate",
     "load_data",
@@ -72,4 +78,5 @@ if TYPE_CHECKING:
     from ncprior.priors import GaussianMixture, NoiseContrastivePrior
     from ncprior.runs import load_vae
     from ncprior.training import finetune_vae, fit_prior, train_vae
+    from ncprior.vaebm import ImageEnergy, draw_with_energy, fit_energy
     from ncprior.vaes import NVAE, Bernoulli, Categorical, FlatVAE, Gaussian, build_vae

@@ -38,6 +38,11 @@ class Which(StrEnum):
     reconstruction = "reconstruction"
 
 
+class Energised(StrEnum):
+    base = "base"
+    ncp = "ncp"
+
+
 class Sampler(StrEnum):
     sir = "sir"
     langevin = "langevin"
@@ -200,12 +205,74 @@ def fit(
 
 
 @app.command()
+def energy(
+    run: RunArgument,
+    prior: Annotated[Energised, typer.Option(help="The prior to put it on.")] = Energised.ncp,
+    network: Annotated[
+        str | None, typer.Option(help="conv, or mlp for small images on a CPU.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    langevin_steps: Annotated[
+        int | None, typer.Option(min=1, help="Langevin steps of each short run.")
+    ] = None,
+    step_size: Annotated[float | None, typer.Option(help="Their size, eta.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's peak rate.")] = None,
+    pixel_noise: Annotated[
+        bool | None,
+        typer.Option(help="Whether images are the decoder's mean plus noise, or the mean."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the fit.")] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Fit an energy on images on top of a prior (VAEBM), into RUN/energy.
+
+    Then: ncprior sample RUN --energy, ncprior evaluate RUN --priors base,base+energy,ncp,ncp+energy
+    """
+    from ncprior.pipeline import energy_run
+    from ncprior.runs import Run
+
+    given = {
+        "network": network,
+        "steps": steps,
+        "langevin_steps": langevin_steps,
+        "step_size": step_size,
+        "learning_rate": learning_rate,
+        "pixel_noise": pixel_noise,
+        "seed": seed,
+        "device": device,
+    }
+    found = energy_run(
+        Run.open(run),
+        prior.value,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not as_json,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    record = found.record
+    names = ("heldout_fd", "heldout_fd_without", "best_step", "steps", "seed", "warnings")
+    content = {"run": str(run), "prior": prior.value} | {name: record[name] for name in names}
+    lines = [
+        f"Frechet distance of samples to {record['heldout_images']} held-out images: "
+        f"{record['heldout_fd']:.4g} with the energy of step {record['best_step']}, "
+        f"{record['heldout_fd_without']:.4g} without ({record['features']}).",
+        *(f"! {warning}" for warning in record["warnings"]),
+        f"Next: ncprior evaluate {run} --metrics fd --priors {prior.value},{prior.value}+energy",
+    ]
+    _show(content, as_json, "\n".join(lines))
+
+
+@app.command()
 def sample(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="File to write, .npz; a .png beside it shows 64.")],
     prior: Annotated[Which, typer.Option(help="What to draw from.")] = Which.ncp,
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Seed = 0,
+    energy: Annotated[bool, typer.Option(help="With the energy that was fitted on it.")] = False,
     sampler: Annotated[Sampler, typer.Option(help="How to draw from the NCP.")] = Sampler.sir,
     groups: Groups = None,
     proposals: Proposals = 5000,
@@ -232,6 +299,7 @@ def sample(
         out,
         seed=seed,
         num=num,
+        energy=energy,
         sampler=sampler.value,
         groups=groups,
         proposals=proposals,
@@ -287,7 +355,10 @@ def diagnose(
 def evaluate(
     run: RunArgument,
     priors: Annotated[
-        str, typer.Option(help="Comma-separated: base, ncp, and priors that compare fitted.")
+        str,
+        typer.Option(
+            help="Comma-separated: base, ncp, either with +energy, and what compare fitted."
+        ),
     ] = "base,ncp",
     metrics: Annotated[
         str,
@@ -355,6 +426,9 @@ def compare(
     proposals: Proposals = 1000,
     images: Annotated[int, typer.Option(min=2, help="Test images for nll.")] = 1000,
     importance_samples: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 100,
+    slow_nll: Annotated[
+        bool, typer.Option("--slow-nll", help="Take nll of the diffusion prior too: an hour.")
+    ] = False,
     features: Features = None,
     resume: Resume = False,
     as_json: Json = False,
@@ -372,6 +446,7 @@ def compare(
         proposals=proposals,
         images=images,
         importance_samples=importance_samples,
+        slow_nll=slow_nll,
         features=features,
         resume=resume,
         progress=not as_json,

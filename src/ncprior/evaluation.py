@@ -14,7 +14,7 @@ from ncprior.nll_figures import check_has_likelihood, measure_nll
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.quality_figures import METRICS as QUALITY_METRICS
 from ncprior.quality_figures import Spec, quality_figures
-from ncprior.sources import Kept, Source, reconstructions
+from ncprior.sources import Kept, Source, WithEnergy, reconstructions
 
 LATENT_METRICS = ("mmd", "c2st", "swd")
 METRICS = ("nll", *QUALITY_METRICS, *LATENT_METRICS)
@@ -76,7 +76,8 @@ def evaluate(
         prior: The noise contrastive prior, named "ncp"; None measures the base alone.
         data: The VAE's images, or a tensor (n, c, h, w) in [0, 1].
         splits: Which of them are for training, validation and test; 80/10/10 at random by default.
-        priors: Further priors by name, of a flat VAE: densities or noise contrastive priors.
+        priors: Further priors by name, of a flat VAE: densities or noise contrastive priors. Or
+            any prior `WithEnergy`, which has samples but no likelihood: its Z is not known.
         metrics: "nll" (see `measure_nll`); "fd", "fd_infinity", "kid", "prdc", "near", "modes" (see
             `quality_figures`); "mmd", "c2st", "swd" (see `latent_figures`).
         samples: Images drawn from each prior and from the aggregate posterior.
@@ -129,8 +130,9 @@ def evaluate(
         }
 
         def likelihood() -> tuple[Figures, list[str]]:
+            plain = {k: p for k, p in (priors or {}).items() if not isinstance(p, WithEnergy)}
             found = measure_nll(
-                vae, data, splits, prior, others=priors, seed=seed, progress=progress, **counts
+                vae, data, splits, prior, others=plain, seed=seed, progress=progress, **counts
             )
             return found.figures, found.warnings
 

@@ -22,17 +22,20 @@ from ncprior.recipes import Recipe, check_recipe
 from ncprior.report.pictures import grid
 from ncprior.runs import Run
 from ncprior.shares import Parts, process_place, share_of
-from ncprior.sources import training_images
+from ncprior.sources import Source, WithEnergy, training_images
 from ncprior.storage import replacing, write_bytes
 from ncprior.training import fit_prior, train_vae
 from ncprior.training.processes import in_turn, make_fabric
+from ncprior.vaebm import ImageEnergy, fit_energy
 from ncprior.vaes import build_vae
 from ncprior.vaes.nvae.checkpoint import load_published
 
-KEPT_SECTIONS = ("data", "fit", "diagnose")
+KEPT_SECTIONS = ("data", "fit", "energy", "diagnose")
 """What a recipe says of a VAE that was trained elsewhere."""
 
 BUILT_IN = ("base", "ncp")
+ENERGY = "+energy"
+"""What follows the name of a prior with an energy on top of it."""
 PICTURED = 10
 """Images of each prior in the picture of a comparison."""
 
@@ -171,6 +174,83 @@ def fit_run(
     return prior
 
 
+def energy_run(
+    run: Run,
+    which: str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    **changes: Any,
+) -> ImageEnergy:
+    """Fit an energy on images (VAEBM) on "base" or "ncp" into RUN/energy.
+
+    `changes` go on top of the run's [energy].
+    """
+    vae, prior = _under(run, which)
+    where, checkpoint = run.path / "energy" / which, run.path / f"energy-{which}-checkpoint.pt"
+    done = (where / "config.json").exists()
+    if done and resume:
+        return load_energy(run, which).energy
+    if (done or (checkpoint.exists() and not resume)) and not overwrite:
+        what = "a fitted energy" if done else "an unfinished fit of an energy"
+        raise ValueError(
+            f"{run.path} holds {what} on {which}; pass --resume to go on or --overwrite to refit"
+        )
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
+    options = run.section("energy") | changes
+    check_recipe({"energy": options}, "energy")
+    data, splits = run.load_data()
+    energy = fit_energy(
+        vae,
+        prior,
+        data,
+        rows=splits.train,
+        heldout_rows=splits.validation,
+        directory=run.path,
+        part=f"-{which}",
+        resume=resume,
+        progress=progress,
+        **options,
+    ).cpu()
+    energy.save_pretrained(where)
+    run.config["energy"] = options
+    run.write_config()
+    checkpoint.unlink(missing_ok=True)
+    return energy
+
+
+def load_energy(run: Run, which: str) -> WithEnergy:
+    """The prior "base" or "ncp" of a run with the energy that was fitted on it."""
+    if which not in BUILT_IN:
+        raise ValueError(f"an energy is fitted on {' or '.join(BUILT_IN)}, got {which!r}")
+    where = run.path / "energy" / which
+    if not (where / "config.json").exists():
+        raise FileNotFoundError(
+            f"{run.path} holds no energy on {which} yet; run "
+            f"'ncprior energy {run.path} --prior {which}'"
+        )
+    vae, prior = _under(run, which)
+    energy = ImageEnergy.from_pretrained(where)
+    try:
+        energy.check(vae, prior)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {error} with 'ncprior energy {run.path} --prior {which} --overwrite'"
+        ) from None
+    base = None if vae.num_groups > 1 else vae.prior
+    return WithEnergy(base if prior is None else prior, energy)
+
+
+def _under(run: Run, which: str) -> tuple[Any, NoiseContrastivePrior | None]:
+    """The VAE of a run and the NCP on it; for "base" the VAE on the base that the NCP stands on."""
+    vae = run.load_vae()
+    if which == "ncp":
+        return vae, run.load_prior(vae)
+    return (run.load_prior(vae).under(vae) if run.has_prior else vae), None
+
+
 def diagnose_run(run: Run, *, progress: bool = True, **changes: Any) -> Diagnosis:
     """Measure the hole and what the prior closes; add the figures to the run."""
     vae = run.load_vae()
@@ -195,7 +275,13 @@ def evaluate_run(
     prior = None
     if "ncp" in priors and (run.has_prior or tuple(priors) != ("base", "ncp")):
         prior = run.load_prior(vae)
-    others = {name: load_compared(run, vae, name) for name in priors if name not in BUILT_IN}
+    others = {
+        name: load_energy(run, name.removesuffix(ENERGY))
+        if name.endswith(ENERGY)
+        else load_compared(run, vae, name)
+        for name in priors
+        if name not in BUILT_IN
+    }
     data, splits = run.load_data()
     scores = evaluate(
         vae,
@@ -244,15 +330,20 @@ def compare_run(run: Run, *, progress: bool = True, **options: Any) -> Compariso
     return found
 
 
-def sample_run(run: Run, which: str, out: Path, *, seed: int, **options: Any) -> Draws:
-    """Draw from "base", "ncp" or "reconstruction" into an .npz with `images` and `latents`."""
-    vae = run.load_vae()
-    prior = run.load_prior(vae) if which == "ncp" or run.has_prior else None
-    if which == "base" and prior is not None:
-        vae = prior.under(vae)  # the base that the NCP stands on
-    prior = prior if which == "ncp" else None
-    images = training_images(*run.load_data(), seed) if which == "reconstruction" else None
-    draws = draw(vae, prior, images=images, seed=seed, **options)
+def sample_run(
+    run: Run, which: str, out: Path, *, seed: int, energy: bool = False, **options: Any
+) -> Draws:
+    """Draw from "base", "ncp" or "reconstruction" into an .npz with `images` and `latents`.
+
+    With `energy` from "base" or "ncp" with the energy on images that was fitted on it.
+    """
+    vae, prior = _under(run, which)
+    if energy:
+        draws = Source.of(vae, load_energy(run, which)).draw(num=options.pop("num"), seed=seed,
+                                                              **options)  # fmt: skip
+    else:
+        images = training_images(*run.load_data(), seed) if which == "reconstruction" else None
+        draws = draw(vae, prior, images=images, seed=seed, **options)
     arrays: dict[str, Any] = {"images": draws.images.numpy()}
     if len(draws.latents) == 1:
         arrays["latents"] = draws.latents[0].numpy()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("data", "vae", "train", "fit", "diagnose", "expected")
-RUN_OPTIONS = {"directory", "resume", "progress", "rows", "splits"}
+SECTIONS = ("data", "vae", "train", "fit", "energy", "diagnose", "expected")
+RUN_OPTIONS = {"directory", "resume", "progress", "rows", "splits", "heldout_rows", "part"}
 
 Recipe = dict[str, dict[str, Any]]
 
@@ -51,6 +51,7 @@ def known_keys() -> dict[str, set[str]]:
     from ncprior.data import load_data
     from ncprior.diagnosis import diagnose
     from ncprior.training import fit_prior, train_vae
+    from ncprior.vaebm import fit_energy
     from ncprior.vaes.build import build_vae, flat_vae
     from ncprior.vaes.nvae import NVAE
 
@@ -60,6 +61,7 @@ def known_keys() -> dict[str, set[str]]:
         "vae": (_arguments(build_vae) | _arguments(flat_vae) | _arguments(NVAE)) - of_the_data,
         "train": _arguments(train_vae) - {"vae", "data", *RUN_OPTIONS},
         "fit": _arguments(fit_prior) - {"vae", "data", *RUN_OPTIONS},
+        "energy": _arguments(fit_energy) - {"vae", "data", "prior", *RUN_OPTIONS},
         "diagnose": _arguments(diagnose) - {"vae", "data", "prior", "features", *RUN_OPTIONS},
     }
 

@@ -19,22 +19,33 @@ from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.storage import fingerprint, read_json, write_bytes, write_json
 from ncprior.training.progress import progress_bar
+from ncprior.vaebm import ImageEnergy, draw_with_energy
 
 RECONSTRUCTED_IMAGES = 20_000
 RECONSTRUCTED_NUMBERS = 1 << 26  # pixels times channels held for them
 PART = 1000  # draws in a file
 
 
+class WithEnergy(NamedTuple):
+    """Any prior, None for the VAE's own, and an energy on images that was fitted on it."""
+
+    prior: Any
+    energy: ImageEnergy
+
+
 class Source(NamedTuple):
-    """A VAE on some base prior; with a ratio on top of it, or with images to reconstruct."""
+    """A VAE on some base prior; with a ratio or an energy on it, or with images to reconstruct."""
 
     vae: Any
     prior: NoiseContrastivePrior | None = None
     images: Tensor | None = None
+    energy: ImageEnergy | None = None
 
     @classmethod
     def of(cls, vae: Any, prior: Any) -> "Source":
         """The source of samples of `vae` under any prior; None for its own."""
+        if isinstance(prior, WithEnergy):
+            return cls.of(vae, prior.prior)._replace(energy=prior.energy)
         if prior is None:
             return cls(vae)
         if isinstance(prior, NoiseContrastivePrior):
@@ -44,9 +55,19 @@ class Source(NamedTuple):
     def identity(self) -> list[Any]:
         """What its draws depend on, seed and options apart."""
         base = getattr(self.vae, "prior", None)
-        parts = [m for m in (self.vae, base, self.prior) if isinstance(m, nn.Module)]
+        parts = [m for m in (self.vae, base, self.prior, self.energy) if isinstance(m, nn.Module)]
         shape = None if self.images is None else list(self.images.shape)
-        return [*map(fingerprint, parts), shape]
+        run = self.energy and (self.energy.langevin_steps, self.energy.step_size)
+        return [*map(fingerprint, parts), shape, *(run or ())]
+
+    def draw(self, num: int, **options: Any) -> Draws:
+        """`num` draws; the options are those of `draw`, and of `draw_with_energy` with an energy.
+
+        There too `steps` and `final_step_size` are those of the Langevin sampler of an NCP.
+        """
+        if self.energy is None:
+            return draw(self.vae, self.prior, num, images=self.images, **options)
+        return draw_with_energy(self.vae, self.prior, self.energy, num, **options)
 
 
 def reconstructions(vae: Any, data: ImageDataset, splits: Splits, seed: int) -> Source:
@@ -83,8 +104,7 @@ class Kept:
     ) -> Draws:
         """`draw` from a source, part by part; parts that are on disk are read."""
         if self.directory is None:
-            return draw(*source[:2], num, images=source.images, seed=seed, progress=progress,
-                        **options)  # fmt: skip
+            return source.draw(num, seed=seed, progress=progress, **options)
         lasting = {k: v for k, v in options.items() if k not in ("batch_size", "chunk")}
         where = self._place(name, source.identity(), seed, lasting)
         parts = []
@@ -93,8 +113,7 @@ class Kept:
                 count, file = min(PART, num - first), where / f"{first}.safetensors"
                 found = _read(file)
                 if found is None or len(found.images) < count:
-                    found = draw(*source[:2], count, images=source.images, seed=seed, first=first,
-                                 **options)  # fmt: skip
+                    found = source.draw(count, seed=seed, first=first, **options)
                     _write(file, found)
                 parts.append(_cut(found, count))
                 bar(first + count)

@@ -50,9 +50,9 @@ def test_target_is_the_normal_one(k, tilt):
 
 
 def test_tiny_steps_reach_the_target_itself():
-    """With a step of 0.02 the bias of the covariance, 0.5 % here, is below the standard error."""
-    energy = energy_of(Quadratic(100.0), step_size=0.02, langevin_steps=400)
-    check_moments(draw_with_energy(linear_vae(), None, energy, 3000), exact_law(100.0))
+    """With a step of 0.05 the bias of the covariance, below 2 %, is below the standard error."""
+    energy = energy_of(Quadratic(100.0), step_size=0.05, langevin_steps=150)
+    check_moments(draw_with_energy(linear_vae(), None, energy, 1000), exact_law(100.0))
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -76,9 +76,9 @@ def test_base_that_is_not_standard():
     base.cholesky *= 0.6
     base.precision /= 0.6
     vae = linear_vae().with_prior(base.double())
-    energy = energy_of(Quadratic(400.0), step_size=0.1, langevin_steps=120)
+    energy = energy_of(Quadratic(400.0))
     draws = draw_with_energy(vae, None, energy, N)
-    check_moments(draws, exact_law(400.0, mean=0.8, spread=0.6, eta=0.1))
+    check_moments(draws, exact_law(400.0, mean=0.8, spread=0.6, eta=0.2))
 
 
 def test_no_energy_leaves_the_prior():

@@ -121,7 +121,9 @@ class ImageEnergy(nn.Module):
 def fingerprints(vae: Any, prior: NoiseContrastivePrior | None) -> dict[str, str]:
     """What tells a VAE's networks, and the prior on them, from others."""
     own = None if prior is not None and prior.base is not None else getattr(vae, "prior", None)
-    parts = [fingerprint(m) for m in (own, prior) if isinstance(m, nn.Module)]
+    parts = [
+        f"{type(m).__name__} {fingerprint(m)}" for m in (own, prior) if isinstance(m, nn.Module)
+    ]
     bare = vae
     if isinstance(vae, FlatVAE):  # the prior may be a part of the module
         bare = vae.with_prior(StandardNormal(vae.latent_size))

@@ -146,7 +146,7 @@ class EnergyJob:
         energies = model(torch.cat([images, runs]))
         at_data, at_runs = energies.to(runs).split(self.batch_size)
         loss = likelihood_loss(at_data, at_runs, self.energy_penalty)
-        figures = {"energy_gap": at_runs.mean() - at_data.mean()}
+        figures = {"energy_gap": (at_runs.mean() - at_data.mean()).detach()}
         if self.spectral_penalty:
             iterations = FIRST_ITERATIONS if step == 0 else LATER_ITERATIONS
             norms = self.module.norms(self.energy, iterations)
