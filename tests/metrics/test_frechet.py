@@ -114,9 +114,10 @@ def test_against_torchmetrics(rng):
     assert distance(a, b) == pytest.approx(float(theirs.compute()), rel=1e-6)
 
 
-def test_streamed_moments(rng):
-    """Batches of any size make the moments of the whole; one matrix of them is held."""
-    x = features(500, rng, 7)
+@pytest.mark.parametrize("size", [7, 1100])
+def test_streamed_moments(rng, size):
+    """Batches of any size make the moments of the whole; wide products are made by halves."""
+    x = features(500, rng, size)
     found, whole = streamed_moments(x.split(64)), moments(x)
     assert found.num == whole.num
     torch.testing.assert_close(found.total, whole.total)

@@ -12,6 +12,8 @@ from ncprior.numerics import Estimate
 
 BLOCKS = 20
 """Blocks that the jackknife leaves out in turn."""
+COLUMNS = 512
+"""Columns of a streamed product at a time, of which only what is right of the diagonal is made."""
 
 
 class Moments(NamedTuple):
@@ -66,10 +68,12 @@ def streamed_moments(batches: Iterable[Tensor]) -> Moments:
             total, outer = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
         num += len(x)
         total += x.sum(0)
-        outer.addmm_(x.T, x)
+        for first in range(0, x.shape[1], COLUMNS):
+            some = slice(first, first + COLUMNS)
+            outer[some, first:].addmm_(x[:, some].T, x[:, first:])
     if total is None or outer is None:
         raise ValueError("batches must hold at least one batch of features, got none")
-    return Moments(num, total, outer)
+    return Moments(num, total, outer.triu_().add_(outer.triu(1).T))
 
 
 def frechet_distance(a: Iterable[Moments], b: Iterable[Moments]) -> float:
