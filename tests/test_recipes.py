@@ -1,9 +1,18 @@
 import inspect
+from pathlib import Path
 
 import pytest
 
 import ncprior
 from ncprior.recipes import check_recipe, known_keys, load_recipe
+
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_that_come_along_are_read(file):
+    assert {"data", "vae"} <= load_recipe(file).keys()
 
 
 def write(directory, text):

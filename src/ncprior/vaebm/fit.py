@@ -36,7 +36,7 @@ def fit_energy(
     network_options: dict[str, Any] | None = None,
     pixel_noise: bool = True,
     langevin_steps: int = 10,
-    step_size: float = 0.01,
+    step_size: float = 0.1,
     steps: int = 2000,
     batch_size: int = 64,
     learning_rate: float = 2e-4,
