@@ -27,7 +27,7 @@ OBJECTIVES: dict[str, Weights] = {
     "wae-mmd": Weights(0.1, None),
     "rae-l2": Weights(1e-3, 1e-6),
     "rae-gp": Weights(1e-3, 1e-3),
-    "rae-sn": Weights(1e-4, None),
+    "rae-sn": Weights(1e-5, None),
 }
 """Objectives by name, with the weights that they have by default."""
 
