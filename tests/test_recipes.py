@@ -6,7 +6,6 @@ import pytest
 import ncprior
 from ncprior.recipes import check_recipe, known_keys, load_recipe
 
-
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))
 
 
