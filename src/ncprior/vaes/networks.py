@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class MLPDecoder(nn.Module):
         self.layers = _mlp([latent_size, *hidden[::-1], math.prod(self.shape)], activation)
 
     def forward(self, z: Tensor) -> Tensor:
-        last = self.layers[-1]
+        last: Any = self.layers[-1]
         bias = last.bias + self.offset  # one pass over the outputs fewer than adding it to them
         outputs = F.linear(self.layers[:-1](z), last.weight, bias).unflatten(1, self.shape)
         return outputs.sigmoid() if self.squash else outputs
