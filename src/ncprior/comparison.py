@@ -313,7 +313,8 @@ def _samples(
     sources["reconstruction"] = reconstructions(vae, data, splits, seed)
     found, seconds = {}, {}
     for name, source in sources.items():
-        options = {"seed": seed, "proposals": proposals, "sampler": SAMPLERS.get(name, "sir")}
+        options: dict[str, Any] = {"seed": seed, "proposals": proposals}
+        options["sampler"] = SAMPLERS.get(name, "sir")
         found[name] = kept.draws(name, source, samples, progress=progress, **options).images
         began = time.perf_counter()  # draws that were kept took no time just now
         Kept(None).draws(name, source, TIMED, progress=False, **options)
