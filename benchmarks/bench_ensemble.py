@@ -47,7 +47,7 @@ def measured(vae: Any, prior: Any, data: Any, splits: Any, seed: int) -> dict[st
         vae, prior, data, splits, metrics=["fd", "nll"], samples=SAMPLES, images=300,
         importance_samples=200, log_z_draws=200_000, seed=seed,
     )  # fmt: skip
-    found = {name: figure.value for name, figure in scores.figures.items()}
+    found = {name: figure.value for name, figure in scores.items()}
     found["jsd_test"] = jsd_on_test_images(vae, prior, data, splits, seed=seed).value
     draws = log_ratios_on_test_images(vae, prior, data, splits, seed=seed)
     return found | {"off": reliability(*draws, bins=10).error}
