@@ -122,7 +122,7 @@ def fit_energy(
     """
     _check_counts(
         steps=steps, batch_size=batch_size, starts=starts, proposals=proposals,
-        heldout_draws=heldout_draws, replay_warmup=replay_warmup + 1, langevin_steps=langevin_steps,
+        langevin_steps=langevin_steps,
     )  # fmt: skip
     if not 0 <= replay <= 1 or not step_size > 0 or min(spectral_penalty, energy_penalty) < 0:
         raise ValueError(
@@ -131,8 +131,11 @@ def fit_energy(
         )
     if network not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
-    if heldout_draws < 2:
-        raise ValueError(f"heldout_draws must be at least 2, got {heldout_draws}")
+    if heldout_draws < 2 or replay_warmup < 0:
+        raise ValueError(
+            "heldout_draws must be at least 2 and replay_warmup at least 0, got "
+            f"{heldout_draws=}, {replay_warmup=}"
+        )
     data = as_dataset(data)
     rows = torch.arange(len(data)) if rows is None else rows
     rows, heldout_rows = _split(rows, heldout_rows, heldout, seed)
