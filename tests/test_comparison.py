@@ -6,8 +6,9 @@ from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
 from ncprior import comparison
-from ncprior.comparison import Comparison, Score, compare, load_comparison, save_comparison
+from ncprior.comparison import compare
 from ncprior.data import random_splits
+from ncprior.scoreboard import Comparison, Score, load_comparison, save_comparison
 
 SMALL_FIT = {
     "steps": 60,
@@ -72,6 +73,33 @@ def test_kept_priors_are_not_fitted_again(data, splits, tmp_path, monkeypatch):
     other.decoder.layer.bias.data += 0.01
     with pytest.raises(AssertionError, match="fitted again"):
         compare(other, data, splits, directory=tmp_path, resume=True, **options(seeds=1))
+
+
+def test_only_what_is_new_is_measured(data, splits, tmp_path, monkeypatch):
+    """A second seed and a third prior cost themselves alone, and change no figure of the rest."""
+    asked = options(priors=["gaussian", "mixture"], seeds=1, metrics=["nll", "fd"])
+    once = compare(linear_vae(), data, splits, directory=tmp_path, **asked)
+    drawn = []
+    draws = comparison.Kept.draws
+
+    def seen(self, name, source, num, *, seed, **rest):
+        drawn.append((name, seed))
+        return draws(self, name, source, num, seed=seed, **rest)
+
+    monkeypatch.setattr(comparison.Kept, "draws", seen)
+    more = asked | {"priors": ["gaussian", "mixture", "ncp"], "seeds": 2}
+    again = compare(linear_vae(), data, splits, directory=tmp_path, resume=True, **more)
+    of_first = {name for name, seed in drawn if seed == 0}
+    assert of_first == {"ncp"}
+    assert {name for name, seed in drawn if seed == 1} == {*more["priors"], "reconstruction"}
+    for name, figure in once.figures.items():
+        assert again.figures[name] == figure
+    assert again.pictures.keys() == {*more["priors"], "reconstruction"}
+    for name, picture in once.pictures.items():
+        assert torch.equal(again.pictures[name], picture)
+    drawn.clear()
+    compare(linear_vae(), data, splits, directory=tmp_path, resume=True, **more | {"samples": 210})
+    assert {seed for _, seed in drawn} == {0, 1}  # asked for differently: measured anew
 
 
 def scores(**values):

@@ -14,7 +14,7 @@ RANKS = {
     1: {"ratios", "samplers", "vaes", "metrics", "data", "priors"},
     2: {"training", "recipes", "runs", "shares", "adapters"},
     3: {"readjustment", "generation", "evaluation", "diagnosis", "sources", "comparison"}
-    | {"quality_figures", "feature_training", "vaebm"}
+    | {"scoreboard", "quality_figures", "feature_training", "vaebm"}
     | {"nll_figures", "nll_words"}
     | {"latent_figures", "answers"}
     | {"group_samples", "group_figures", "group_findings", "group_witness"},

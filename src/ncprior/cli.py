@@ -49,11 +49,6 @@ class Sampler(StrEnum):
     annealed = "annealed"
 
 
-class Base(StrEnum):
-    gaussian = "gaussian"
-    mixture = "mixture"
-
-
 class Preset(StrEnum):
     small = "small"
     large = "large"
@@ -142,7 +137,11 @@ def fit(
     run: RunArgument,
     preset: Annotated[Preset | None, typer.Option(help="Size of the ratio network.")] = None,
     base: Annotated[
-        Base | None, typer.Option(help="The density that the ratio multiplies.")
+        str | None,
+        typer.Option(
+            help="What the ratio multiplies: gaussian, mixture, vamp, flow, autoregressive, "
+            "two-stage, diffusion, lars, snis or ebm."
+        ),
     ] = None,
     groups: Annotated[
         str | None,
@@ -415,7 +414,7 @@ def compare(
         str,
         typer.Option(
             help="Comma-separated: gaussian, mixture, vamp, flow, autoregressive, two-stage, "
-            "diffusion, lars, snis, ebm, ncp, ncp-mixture, ncp-multistage."
+            "diffusion, lars, snis, ebm, ncp, ncp-multistage, and ncp-BASE on any other of them."
         ),
     ] = "gaussian,mixture,vamp,flow,diffusion,two-stage,lars,snis,ebm,ncp,ncp-multistage",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 up to this.")] = 5,

@@ -1,8 +1,9 @@
 """Priors side by side on one frozen VAE: fitted, sampled and measured alike, for several seeds."""
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,113 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.data import ImageDataset, Splits, as_data
-from ncprior.figures import Figures, as_json, as_text, from_json
+from ncprior.figures import Figures, as_json, from_json
 from ncprior.nll_figures import measure_nll
 from ncprior.numerics import stream
 from ncprior.priors import PRIORS, Codes, NoiseContrastivePrior, fit_density
 from ncprior.priors.pretrained import load_density, save_density
 from ncprior.quality_figures import Spec, quality_figures
+from ncprior.scoreboard import COLUMNS, Comparison, Score
 from ncprior.sources import Kept, Source, reconstructions, training_images
 from ncprior.storage import fingerprint, read_json, write_json
 from ncprior.training import fit_prior
-from ncprior.training.evidence import encode
+from ncprior.training.bases import codes_of
 from ncprior.training.progress import progress_bar
-from ncprior.walk import device_of, evaluating
+from ncprior.walk import device_of
 
 RATIOS: dict[str, dict[str, Any]] = {
     "ncp": {},
-    "ncp-mixture": {"base": "mixture"},
     "ncp-multistage": {"stages": "adaptive"},
-}
+} | {f"ncp-{name}": {"base": name} for name in PRIORS if name != "gaussian"}
 """Noise contrastive priors by name, as arguments of `fit_prior`."""
 SAMPLERS = {"ncp-multistage": "annealed"}
 """What noise contrastive priors are drawn by; SIR where it is not said."""
 COMPARED = (*PRIORS, *RATIOS)
 TIMED = 500
 """Draws that the time per 1000 is taken from."""
-T_95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t for a 95 % interval, by degrees of freedom; 2 beyond."""
-
-
-class Column(NamedTuple):
-    """A column of the table: a figure, and which way is better."""
-
-    name: str
-    title: str
-    better: int  # 1 for more, -1 for less, 0 where nobody says
-
-
-COLUMNS = (
-    Column("nll", "NLL (nats)", -1),
-    Column("fd", "FD", -1),
-    Column("gap_closed", "gap closed", 1),
-    Column("kid", "KID", -1),
-    Column("precision", "precision", 1),
-    Column("recall", "recall", 1),
-    Column("fit_seconds", "fit (s)", 0),
-    Column("seconds_per_1000", "1000 draws (s)", 0),
-    Column("parameters", "numbers kept", 0),
-)
-
-
-class Score(NamedTuple):
-    """What was measured of one prior with one seed."""
-
-    prior: str
-    seed: int
-    values: dict[str, float]  # by the names of `COLUMNS`; NLL only where there is a density
-
-
-class Comparison(NamedTuple):
-    """Scores of priors on the same VAE, samples and images; prints as a table."""
-
-    scores: list[Score]
-    figures: Figures  # of each prior and seed, with their errors
-    pictures: dict[str, Tensor]  # a few images of each source, of the first seed
-
-    def table(self) -> list[list[str]]:
-        """Header and rows of text; the best is marked ** where it is so beyond the intervals."""
-        names = list(dict.fromkeys(score.prior for score in self.scores))
-        shown = [c for c in COLUMNS if any(c.name in s.values for s in self.scores)]
-        columns = [_column(self._values(column.name, names), column) for column in shown]
-        return [
-            ["prior", *(column.title for column in shown)],
-            *([name, *cells] for name, *cells in zip(names, *columns, strict=True)),
-        ]
-
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        header, *rows = self.table()
-        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-        return "\n".join(lines) + "\n"
-
-    def __str__(self) -> str:
-        from rich.table import Table
-
-        header, *rows = self.table()
-        found = Table()
-        for i, title in enumerate(header):
-            found.add_column(title, justify="right" if i else "left")
-        for row in rows:
-            found.add_row(*row)
-        return as_text(found, width=160) + f"\n{self.legend()}"
-
-    def legend(self) -> str:
-        """How to read the table."""
-        seeds = len({score.seed for score in self.scores})
-        if seeds == 1:
-            return "One seed: no intervals, and nothing is marked as best."
-        return f"{seeds} seeds; ± is half a 95 % interval; the best is marked where beyond them."
-
-    def _values(self, column: str, names: Sequence[str]) -> list[dict[int, float]]:
-        return [
-            {
-                s.seed: s.values[column]
-                for s in self.scores
-                if s.prior == name and column in s.values
-            }
-            for name in names
-        ]
+RECONSTRUCTION = "reconstruction"
+SCORES = "scores.json"
+PICTURED = 10
+"""Images of each prior in the picture."""
 
 
 def compare(
@@ -157,7 +79,9 @@ def compare(
         features: Feature space of the sample measures; see `load_features`.
         fit: Arguments of `fit_prior` for all noise contrastive priors.
         directory: Where fitted priors and scores are kept; nowhere by default.
-        resume: Take up what is there.
+        resume: Take up what is there: priors that are fitted, draws that are made, and the figures
+            of priors that were measured in the same way, so that another prior or seed costs
+            itself alone.
         progress: Show progress bars.
 
     Raises:
@@ -165,59 +89,143 @@ def compare(
     """
     _check(vae, priors, seeds, samples)
     data, splits = as_data(data, splits, 0)
-    kept = Kept(None if directory is None else directory / "kept", resume=resume)
-    codes = _codes(vae, data, splits)
-    scores: list[Score] = []
+    codes = codes_of(vae, data, splits.train, generator=stream(0, "codes"), device=device_of(vae))
+    asked = {
+        "vae": fingerprint(vae), "fit": fit or {}, "samples": samples, "proposals": proposals,
+        "metrics": list(metrics), "images": images, "importance_samples": importance_samples,
+        "slow_nll": slow_nll, "features": _identity(features),
+    }  # fmt: skip
+    draws = Kept(None if directory is None else directory / "kept", resume=resume)
+    board: list[Score] = []
     figures: Figures = {}
     pictures: dict[str, Tensor] = {}
-    quality = [metric for metric in metrics if metric != "nll"]
     for seed in range(seeds):
         fitted = {
             name: _fitted(name, vae, data, splits, codes, seed, fit or {}, directory, resume,
                           progress)
             for name in priors
         }  # fmt: skip
-        found: Figures = {}
-        if quality:
-            images_of, seconds = _samples(
-                vae, {name: prior for name, (prior, _) in fitted.items()}, data, splits, samples,
-                proposals, seed, kept, progress,
-            )  # fmt: skip
-            found |= quality_figures(
-                images_of, data, splits, metrics=quality, features=features, seed=seed,
-                progress=progress,
-            )  # fmt: skip
-            if not pictures:
-                pictures = {name: part[:10] for name, part in images_of.items()}
-        if "nll" in metrics:
-            known = {
-                name: prior
-                for name, (prior, _) in fitted.items()
-                if slow_nll or not getattr(prior, "slow_density", False)
-            }
-            found |= _likelihoods(
-                vae, known, data, splits, images=images, importance_samples=importance_samples,
-                seed=seed, progress=progress,
-            )  # fmt: skip
-        for name, (prior, fit_seconds) in fitted.items():
-            values = {
-                column.name: found[f"{column.name}_{name}"].value
-                for column in COLUMNS
-                if f"{column.name}_{name}" in found
-            }
-            if {f"fd_{n}" for n in ("gaussian", name, "reconstruction")} <= {*found}:
-                base, own, best = (
-                    found[f"fd_{n}"].value for n in ("gaussian", name, "reconstruction")
-                )
-                values["gap_closed"] = (base - own) / (base - best)
-            if quality:
-                values["seconds_per_1000"] = seconds[name]
-            values["fit_seconds"] = fit_seconds
-            values["parameters"] = _numbers(prior)
-            scores.append(Score(name, seed, values))
+        known = _known([*priors, RECONSTRUCTION], seed, asked, directory if resume else None)
+        unknown = {name: prior for name, (prior, _) in fitted.items() if name not in known}
+        known |= _measured(
+            vae, unknown, data, splits, draws, seed, RECONSTRUCTION not in known, asked, features,
+            progress,
+        )  # fmt: skip
+        if directory is not None:
+            for name in [*unknown, RECONSTRUCTION]:
+                _keep(directory / f"{name}-{seed}", known[name], asked)
+        board += [
+            Score(name, seed, _values(name, known, prior, seconds))
+            for name, (prior, seconds) in fitted.items()
+        ]
+        found = {key: figure for of in known.values() for key, figure in of.figures.items()}
         figures |= {f"{name}_seed{seed}": figure for name, figure in found.items()}
-    kept.clear()
-    return Comparison(scores, figures, pictures)
+        if not pictures:
+            pictures = {name: of.picture for name, of in known.items() if of.picture is not None}
+    draws.clear()
+    return Comparison(board, figures, pictures)
+
+
+class _Measured(NamedTuple):
+    """What is known of one prior with one seed, or of reconstructions."""
+
+    figures: Figures  # their names end in that of the prior
+    seconds: float | None = None  # that 1000 draws take
+    picture: Tensor | None = None  # a few images
+
+
+def _measured(
+    vae: Any,
+    priors: dict[str, Any],
+    data: ImageDataset,
+    splits: Splits,
+    kept: Kept,
+    seed: int,
+    reconstruct: bool,
+    asked: dict[str, Any],
+    features: Spec | None,
+    progress: bool,
+) -> dict[str, _Measured]:
+    """Samples and likelihoods of some priors; the figures of each do not depend on the others."""
+    quality = [metric for metric in asked["metrics"] if metric != "nll"]
+    names = [*priors, *[RECONSTRUCTION] * reconstruct]
+    found: Figures = {}
+    images: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
+    if quality and names:
+        sources = {name: Source.of(vae, prior) for name, prior in priors.items()}
+        if reconstruct:
+            sources[RECONSTRUCTION] = reconstructions(vae, data, splits, seed)
+        images, seconds = _samples(
+            sources, asked["samples"], asked["proposals"], seed, kept, progress
+        )
+        found |= quality_figures(
+            images, data, splits, metrics=quality, features=features, seed=seed, progress=progress
+        )
+    dense = {
+        name: prior
+        for name, prior in priors.items()
+        if asked["slow_nll"] or not getattr(prior, "slow_density", False)
+    }
+    if "nll" in asked["metrics"] and dense:
+        found |= _likelihoods(
+            vae, dense, data, splits, images=asked["images"],
+            importance_samples=asked["importance_samples"], seed=seed, progress=progress,
+        )  # fmt: skip
+    return {
+        name: _Measured(
+            {key: figure for key, figure in found.items() if key.endswith(f"_{name}")},
+            seconds.get(name),
+            images[name][:PICTURED] if name in images and seed == 0 else None,
+        )
+        for name in names
+    }
+
+
+def _values(
+    name: str, known: dict[str, _Measured], prior: Any, fit_seconds: float
+) -> dict[str, float]:
+    """The cells of a row of the table."""
+    own = known[name]
+    values = {
+        column.name: own.figures[f"{column.name}_{name}"].value
+        for column in COLUMNS
+        if f"{column.name}_{name}" in own.figures
+    }
+    if "gaussian" in known and "fd" in values:
+        base, best = (
+            known[other].figures[f"fd_{other}"].value for other in ("gaussian", RECONSTRUCTION)
+        )
+        values["gap_closed"] = (base - values["fd"]) / (base - best)
+    if own.seconds is not None:
+        values["seconds_per_1000"] = own.seconds
+    return values | {"fit_seconds": fit_seconds, "parameters": _numbers(prior)}
+
+
+def _known(
+    names: Sequence[str], seed: int, asked: dict[str, Any], directory: Path | None
+) -> dict[str, _Measured]:
+    """What was measured of these as it is asked for now."""
+    found = {}
+    for name in names if directory is not None else ():
+        file = directory / f"{name}-{seed}" / SCORES  # type: ignore[operator]
+        content = read_json(file) if file.exists() else None
+        if content is None or content["asked"] != json.loads(json.dumps(asked)):
+            continue
+        picture = content["picture"] and torch.tensor(content["picture"], dtype=torch.float32)
+        found[name] = _Measured(from_json(content["figures"]), content["seconds"], picture)
+    return found
+
+
+def _keep(where: Path, measured: _Measured, asked: dict[str, Any]) -> None:
+    content = {"asked": asked, "seconds": measured.seconds, "figures": as_json(measured.figures)}
+    picture = None if measured.picture is None else measured.picture.tolist()
+    write_json(where / SCORES, content | {"picture": picture})
+
+
+def _identity(features: Spec | None) -> str:
+    """What tells feature spaces apart; networks by their weights."""
+    return fingerprint(features) if isinstance(features, nn.Module) else str(features or "")
 
 
 def _check(vae: Any, priors: Sequence[str], seeds: int, samples: int) -> None:
@@ -235,14 +243,6 @@ def _check(vae: Any, priors: Sequence[str], seeds: int, samples: int) -> None:
         raise ValueError(
             f"seeds must be at least 1 and samples at least 40, got {seeds} and {samples}"
         )
-
-
-def _codes(vae: Any, data: ImageDataset, splits: Splits) -> Codes:
-    with evaluating(vae):
-        evidence = encode(
-            vae, data, splits.train, generator=stream(0, "codes"), device=device_of(vae)
-        )
-    return Codes(*evidence)
 
 
 def _fitted(
@@ -298,19 +298,14 @@ def load_fitted(
 
 
 def _samples(
-    vae: Any,
-    priors: dict[str, Any],
-    data: ImageDataset,
-    splits: Splits,
+    sources: dict[str, Source],
     samples: int,
     proposals: int,
     seed: int,
     kept: Kept,
     progress: bool,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Images of each prior and of reconstructions, and the seconds that 1000 of them take."""
-    sources = {name: Source.of(vae, prior) for name, prior in priors.items()}
-    sources["reconstruction"] = reconstructions(vae, data, splits, seed)
+    """Images of each source, and the seconds that 1000 of them take."""
     found, seconds = {}, {}
     for name, source in sources.items():
         options: dict[str, Any] = {"seed": seed, "proposals": proposals}
@@ -368,64 +363,3 @@ def _numbers(prior: Any) -> float:
         parts.append(prior.base)
     tensors = {id(t): t for part in parts for t in part.state_dict().values()}
     return float(sum(tensor.numel() for tensor in tensors.values()))
-
-
-def _column(values: Sequence[dict[int, float]], column: Column) -> list[str]:
-    """The cells of a column: means and half intervals over seeds."""
-    best = _best(values, column.better)
-    return [
-        "" if not of_seeds else f"**{_cell(of_seeds)}**" if i == best else _cell(of_seeds)
-        for i, of_seeds in enumerate(values)
-    ]
-
-
-def _cell(of_seeds: dict[int, float]) -> str:
-    half = _half_interval(of_seeds.values())
-    mean = sum(of_seeds.values()) / len(of_seeds)
-    if mean and abs(mean) >= 1000:
-        return f"{mean:,.0f}"
-    if not math.isfinite(half):
-        return f"{mean:.3g}"
-    digits = 0 if half <= 0 else min(5, max(0, 1 - math.floor(math.log10(half))))
-    return f"{mean:.{digits}f} ± {half:.{digits}f}" if half else f"{mean:.3g}"
-
-
-def _best(values: Sequence[dict[int, float]], better: int) -> int | None:
-    """The entry that beats each other one by more than the interval of paired differences."""
-    known = [i for i, of_seeds in enumerate(values) if of_seeds]
-    if not better or len(known) < 2:
-        return None
-    mean = lambda of_seeds: sum(of_seeds.values()) / len(of_seeds)
-    best = max(known, key=lambda i: better * mean(values[i]))
-    for i in known:
-        if i == best:
-            continue
-        shared = values[best].keys() & values[i].keys()
-        gains = [better * (values[best][s] - values[i][s]) for s in shared]
-        half = _half_interval(gains)
-        if not math.isfinite(half) or sum(gains) / len(gains) <= half:
-            return None
-    return best
-
-
-def _half_interval(values: Iterable[float]) -> float:
-    """Half of the 95 % interval of a mean over seeds; NaN for one seed."""
-    found = torch.tensor(list(values), dtype=torch.float64)
-    if len(found) < 2:
-        return math.nan
-    t = T_95[len(found) - 1] if len(found) <= len(T_95) else 2.0
-    return t * float(found.std()) / math.sqrt(len(found))
-
-
-def save_comparison(comparison: Comparison, directory: Path) -> None:
-    """Write comparison.json into `directory`."""
-    scores = [score._asdict() for score in comparison.scores]
-    content = {"scores": scores, "figures": as_json(comparison.figures)}
-    write_json(directory / "comparison.json", content)
-
-
-def load_comparison(directory: Path) -> Comparison:
-    """Read what `save_comparison` wrote, without the pictures."""
-    content = read_json(directory / "comparison.json")
-    scores = [Score(**score) for score in content["scores"]]
-    return Comparison(scores, from_json(content["figures"]), {})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ncprior.comparison import COMPARED, Comparison, compare, load_fitted, save_comparison
+from ncprior.comparison import COMPARED, PICTURED, compare, load_fitted
 from ncprior.data import ImageDataset, Splits
 from ncprior.diagnosis import Diagnosis, diagnose
 from ncprior.evaluation import Scores, evaluate
@@ -21,6 +21,7 @@ from ncprior.priors import NoiseContrastivePrior
 from ncprior.recipes import Recipe, check_recipe
 from ncprior.report.pictures import grid
 from ncprior.runs import Run
+from ncprior.scoreboard import Comparison, save_comparison
 from ncprior.shares import Parts, process_place, share_of
 from ncprior.sources import Source, WithEnergy, training_images
 from ncprior.storage import replacing, write_bytes
@@ -36,8 +37,6 @@ KEPT_SECTIONS = ("data", "fit", "energy", "diagnose")
 BUILT_IN = ("base", "ncp")
 ENERGY = "+energy"
 """What follows the name of a prior with an energy on top of it."""
-PICTURED = 10
-"""Images of each prior in the picture of a comparison."""
 
 DEMO: Recipe = {
     "data": {"source": "digits"},

@@ -8,6 +8,7 @@ from toys import TwoGroups, gaussian_images, linear_vae, true_log_ratio
 
 import ncprior
 from ncprior.numerics import log_mean_exp
+from ncprior.priors import PRIORS
 from ncprior.training.pairs import draw_pairs
 from ncprior.walk import from_posterior, walk
 
@@ -151,6 +152,16 @@ def test_mixture_base_from_end_to_end(tmp_path):
         assert ((z.std(0) / 0.6 - 1).abs() < 4 * (2000**-0.5 + 5100**-0.5) + 0.02).all()
 
 
+def test_a_base_by_its_name():
+    """A VampPrior is fitted to the images that the ratio is fitted on, through the encoder."""
+    images = gaussian_images(800, torch.Generator().manual_seed(1))
+    options = SMALL | {"steps": 30, "evaluate_every": 30}
+    prior = ncprior.fit_prior(linear_vae(mean=1.5), images, base="vamp", **options, **QUIET)
+    assert isinstance(prior.base, PRIORS["vamp"])
+    z = prior.base.sample((2000,), generator=torch.Generator().manual_seed(0))
+    assert ((z.mean(0) - 1.5).abs() < 0.3).all()  # N(0, I) would be 1.5 away
+
+
 def test_any_density_as_base(rng):
     base = ncprior.GaussianMixture(1, 2)
     options = SMALL | {"steps": 3, "evaluate_every": 3}
@@ -196,7 +207,7 @@ def test_presets(preset, rng):
         ({"learning_rate": math.nan}, "learning_rate must be positive"),
         ({"heldout": 0.0}, "heldout = 0.0 of 50 images"),
         ({"heldout": 0.99}, "heldout = 0.99 of 50 images"),
-        ({"base": "flow"}, 'base must be "gaussian", "mixture" or a density'),
+        ({"base": "flew"}, "base must be one of gaussian, mixture, .* or a density, got 'flew'"),
         ({"base": ncprior.GaussianMixture(1, 3)}, "event shape"),
     ],
 )

@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from ncprior.comparison import load_comparison
+from ncprior.scoreboard import load_comparison
 
 
 def section(directory: Path) -> dict[str, Any] | None:

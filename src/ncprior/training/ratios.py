@@ -11,14 +11,14 @@ from ncprior.data import ImageDataset, as_dataset
 from ncprior.groups import check_groups, spell_groups
 from ncprior.metrics import base_log_ratios
 from ncprior.numerics import log_z, stream
-from ncprior.priors import GaussianMixture, NoiseContrastivePrior
+from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios import RatioNetwork, UnitRatio
 from ncprior.storage import fingerprint
-from ncprior.training.evidence import EvidenceStream, EvidenceTable, encode, evidence_of
+from ncprior.training.bases import check_base, named_base
+from ncprior.training.evidence import EvidenceStream, EvidenceTable, evidence_of
 from ncprior.training.heldout import HeldOut
 from ncprior.training.keeping import Place
 from ncprior.training.loop import optimise
-from ncprior.training.pairs import draw_pairs
 from ncprior.training.presets import default_preset, fit_settings
 from ncprior.training.processes import make_fabric
 from ncprior.training.ratio_job import Fitted, RatioJob, new_ratios, seen_pairs
@@ -69,8 +69,9 @@ def fit_prior(
         data: An `ImageDataset` or a tensor (n, c, h, w) in [0, 1].
         rows: Rows whose aggregate posterior is q(z), usually the VAE's training images; all by
             default.
-        base: None or "gaussian" for the VAE's own prior, "mixture" for a Gaussian mixture of 10
-            components fitted on draws of q(z), or any density. One latent group only.
+        base: None or "gaussian" for the VAE's own prior; another name in `PRIORS`, such as
+            "mixture" (10 Gaussians), for that prior fitted to the same images; or any density. One
+            latent group only.
         groups: Latent groups to fit, all by default; the others keep their base prior. They are
             independent: parts fitted apart are put together by `NoiseContrastivePrior.join`.
         preset: "small" (default below 20,000 images), "large" or "published" for flat latents;
@@ -115,8 +116,7 @@ def fit_prior(
     """
     if patience < 1:
         raise ValueError(f"patience must be at least 1 evaluation, got {patience}")
-    if vae.num_groups > 1 and base not in (None, "gaussian"):
-        raise ValueError("base needs a VAE with one latent group; hierarchical ones have their own")
+    check_base(base, vae)
     check_stages(stages, vae)
     wanted = check_groups(range(vae.num_groups) if groups is None else groups, vae.num_groups)
     data = as_dataset(data)
@@ -139,7 +139,7 @@ def fit_prior(
     vae_fingerprint = fingerprint(vae)
     with evaluating(vae.to(device_)):
         if isinstance(base, str):
-            base = _named_base(base, vae, data, rows_fit, seed, device_)
+            base = named_base(base, vae, data, rows_fit, seed=seed, device=device_)
         vae = vae if base is None else vae.with_prior(base)
         held = HeldOut(vae, data, rows_heldout, wanted, seed=seed, device=device_)
         ratios = new_ratios(settings, held, seed)
@@ -273,18 +273,6 @@ def _split(rows: Tensor, heldout: float, seed: int) -> tuple[Tensor, Tensor]:
         )
     order = rows[torch.randperm(len(rows), generator=stream(seed, "heldout rows"))]
     return order[count:], order[:count]
-
-
-def _named_base(
-    name: str, vae: Any, data: Any, rows: Tensor, seed: int, device: torch.device
-) -> Density | None:
-    if name == "gaussian":
-        return None
-    if name != "mixture":
-        raise ValueError(f'base must be "gaussian", "mixture" or a density, got {name!r}')
-    evidence = encode(vae, data, rows, generator=stream(seed, "base images"), device=device)
-    pairs = draw_pairs(vae, evidence, len(rows), stream(seed, "base", device=device))
-    return GaussianMixture.fit(pairs[0].posterior, 10, seed=seed)
 
 
 def _has_latent_maps(vae: Any) -> bool:
