@@ -6,6 +6,7 @@ import ncprior
 from ncprior.answers import Answer, answers, as_paragraphs
 from ncprior.figures import Figure
 from ncprior.group_findings import GroupFinding
+from ncprior.normal import StandardNormal
 from ncprior.numerics import LogZ
 from ncprior.ratios import UnitRatio
 
@@ -96,6 +97,15 @@ def test_proposals():
     assert "hold 4.0" in found["How many proposals are needed?"]
     assert "up to 100 %" in found["How many proposals are needed?"]
     assert "Draw with --proposals 1000." in found["What next?"]
+
+
+@pytest.mark.parametrize("ess", [4.0, 40.0])
+def test_a_nearer_base_where_few_proposals_of_a_normal_one_count(ess):
+    few, advice = figures(ess=ess, ess_share=ess / 100), "--base mixture"
+    prior = prior_of(GOOD)
+    for base, known in ((StandardNormal(2), ess < 10), (ncprior.GaussianMixture(1, 2), False)):
+        prior.base = base
+        assert (advice in said(prior, few)["What next?"]) == known
 
 
 @pytest.mark.parametrize(

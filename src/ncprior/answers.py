@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ncprior.figures import Figure, Figures
 from ncprior.group_figures import largest_jsd
 from ncprior.group_findings import GroupFinding, name_groups, words_in_short
+from ncprior.normal import StandardNormal
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios.nce import LOG_2
 from ncprior.tail import DOUBTFUL, UNRELIABLE
@@ -211,7 +212,8 @@ def _next(
             "Where samples are still poor, reconstructions are too: train a better VAE, no prior "
             "mends it."
         )
-    if any(g["jsd"] > SEPARATED_JSD for g in groups):
+    separated = any(g["jsd"] > SEPARATED_JSD for g in groups)
+    if separated:
         said.append(
             "Leave the separated groups to their base prior (--groups), or fit on a nearer base."
             if findings
@@ -233,7 +235,12 @@ def _next(
         pool = effective.value / figures["ess_share"].value
         share = min(figures["ess_share"].value, _lasting_share(prior) or 1.0)
         more = _rounded_up(max(ENOUGH_PROPOSALS / share, pool))
-        said.append(f"Draw with --proposals {more}.")
+        plain = isinstance(prior.base, StandardNormal) and not separated
+        nearer = (
+            ", or fit on a base nearer to the posterior, of whose draws more count: "
+            f"ncprior fit {run} --base mixture --overwrite"
+        )
+        said.append(f"Draw with --proposals {more}{nearer if plain else ''}.")
     closed = figures.get("gap_closed")
     if closed is not None and not no_gap and closed.value + 2 * (closed.se or 0) < 0:
         said.append("Do not use this prior: its samples are further from the data than the base's.")
