@@ -37,8 +37,9 @@ COLUMNS = {
 def uncalibrated(prior: Any) -> Any:
     other = copy.deepcopy(prior)
     for ratio in other.ratios:
-        ratio.temperature.fill_(1)
-        ratio.shift.fill_(0)
+        network = getattr(ratio, "network", ratio)
+        network.temperature.fill_(1)
+        network.shift.fill_(0)
     return other
 
 

@@ -17,7 +17,7 @@ from ncprior.priors.mixture import GaussianMixture
 from ncprior.priors.snis import SNISPrior
 from ncprior.priors.two_stage import TwoStagePrior
 from ncprior.priors.vamp import VampPrior
-from ncprior.ratios import NETWORKS, SummedRatio, UnitRatio
+from ncprior.ratios import NETWORKS, MatchedRatio, SummedRatio, UnitRatio
 from ncprior.storage import load_tensors, restore, save_tensors
 
 FORMAT = 2
@@ -126,6 +126,8 @@ def _ratio(options: dict[str, Any]) -> nn.Module:
     name = options.pop("network")
     if name == "summed":
         return SummedRatio([_ratio(part) for part in options["parts"]])  # type: ignore[misc]
+    if name == "matched":
+        return MatchedRatio(_ratio(options["of"]))  # type: ignore[arg-type]
     return UnitRatio() if name == "unit" else NETWORKS[name](**options)
 
 

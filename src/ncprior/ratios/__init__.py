@@ -4,6 +4,7 @@ from typing import Any
 
 from ncprior.ratios.convolutional import ConvRatio
 from ncprior.ratios.flat import MLPRatio, ResidualRatio
+from ncprior.ratios.matched import MatchedRatio
 from ncprior.ratios.nce import calibrate, jsd, nce_loss
 from ncprior.ratios.network import RatioNetwork
 from ncprior.ratios.stacking import join, split
@@ -16,6 +17,7 @@ __all__ = [
     "NETWORKS",
     "ConvRatio",
     "MLPRatio",
+    "MatchedRatio",
     "RatioNetwork",
     "ResidualRatio",
     "SummedRatio",

@@ -158,6 +158,16 @@ def seen_pairs(
     return draw_pairs(vae, table[seen.to(table.device)], len(seen), generator, held.groups)
 
 
+def log_ratios(ratio: Any, pairs: Iterable[list[Pairs]]) -> tuple[Tensor, Tensor]:
+    """log r of one group at all its posterior and prior draws, each (n,)."""
+    parts = [
+        [torch.cat([ratio(z) for z in draws.split(ratio.chunk)]) for draws in part[0][:2]]
+        for part in pairs
+    ]
+    at_q, at_p = (torch.cat(of) for of in zip(*parts, strict=True))
+    return at_q, at_p
+
+
 def new_ratios(settings: dict[str, Any], held: Any, seed: int) -> list[RatioNetwork]:
     """A fresh network for each group, its weights a function of the seed and the group alone."""
     make, ratios = NETWORKS[settings["network"]], []

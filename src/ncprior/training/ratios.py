@@ -19,9 +19,10 @@ from ncprior.training.evidence import EvidenceStream, EvidenceTable, evidence_of
 from ncprior.training.heldout import HeldOut
 from ncprior.training.keeping import Place
 from ncprior.training.loop import optimise
-from ncprior.training.presets import default_preset, fit_settings
+from ncprior.training.moments import match_moments as match
+from ncprior.training.presets import SMALL_DATA, default_preset, fit_settings
 from ncprior.training.processes import make_fabric
-from ncprior.training.ratio_job import Fitted, RatioJob, new_ratios, seen_pairs
+from ncprior.training.ratio_job import Fitted, RatioJob, log_ratios, new_ratios, seen_pairs
 from ncprior.training.stages import check_stages, fit_stages
 from ncprior.training.verdict import calibrate_and_judge
 from ncprior.walk import Density, evaluating
@@ -47,6 +48,7 @@ def fit_prior(
     patience: int = 10,
     stages: int | str = 1,
     calibrate: bool = True,
+    match_moments: bool | None = None,
     refresh_passes: float = 4.0,
     log_z_draws: int | None = None,
     seed: int = 0,
@@ -93,6 +95,9 @@ def fit_prior(
             many as it takes until held-out draws of q(z) cannot be told apart (16 at most). Sample
             with `sampler="annealed"`. One latent group only.
         calibrate: Calibrate the average of the members on the held-out images.
+        match_moments: Add linear and quadratic terms to log r that give the prior the mean and
+            covariance of q(z), unless held-out images object. By default below 20,000 images, where
+            classifiers miss them. Flat latents and one stage only.
         refresh_passes: Passes over the images in which the kept evidence of each is drawn anew,
             where the input is random.
         log_z_draws: Draws of the base prior from which log Z is estimated; 0 for none. By default
@@ -122,6 +127,10 @@ def fit_prior(
     data = as_dataset(data)
     rows = torch.arange(len(data)) if rows is None else rows
     latent_maps = _has_latent_maps(vae)
+    flat = vae.num_groups == 1 and not latent_maps and stages == 1
+    if match_moments and not flat:
+        raise ValueError("match_moments needs flat latents in one group, and one stage")
+    matching = flat and (len(rows) < SMALL_DATA if match_moments is None else match_moments)
     settings = fit_settings(
         preset or ("stages" if stages != 1 else default_preset(len(rows), latent_maps)),
         network_options,
@@ -167,8 +176,8 @@ def fit_prior(
                 part=_part(None if groups is None else wanted),
             )
             found = _fit_groups(
-                ratios, vae, table, held, fabric, place, settings, patience, calibrate, seed,
-                vae_fingerprint, common,
+                ratios, vae, table, held, fabric, place, settings, patience, calibrate, matching,
+                seed, vae_fingerprint, common,
             )  # fmt: skip
         else:
             found = fit_stages(
@@ -222,6 +231,7 @@ def _fit_groups(
     settings: dict[str, Any],
     patience: int,
     calibrate: bool,
+    matching: bool,
     seed: int,
     of_vae: str,
     options: dict[str, Any],
@@ -260,6 +270,18 @@ def _fit_groups(
             zip(held.groups, fitted.values(), job.logits(held), seen, held.kls, strict=True)
         )
     }
+    if matching:
+        (k,) = fitted
+        matched = match(fitted[k], vae, table, held, seed=seed)
+        if matched.figures["kept"]:
+            ratio, pairs = matched.ratio, [seen_pairs(vae, table, held, seed)]
+            again = calibrate_and_judge(
+                ratio, log_ratios(ratio, held), log_ratios(ratio, pairs), held.kls[0],
+                heldout_images=held.images, seed=seed, fit=False,
+            )  # fmt: skip
+            known = {name: judged[k][name] for name in ("temperature", "shift")}
+            fitted[k], judged[k] = ratio, judged[k] | again | known
+        judged[k]["moments"] = matched.figures
     return Fitted(fitted, judged, int(history[-1]["step"]))
 
 

@@ -22,7 +22,7 @@ from ncprior.training.heldout import HeldOut
 from ncprior.training.keeping import Place
 from ncprior.training.loop import optimise
 from ncprior.training.pairs import Pairs, draw_pairs
-from ncprior.training.ratio_job import Fitted, RatioJob, new_ratios, seen_pairs
+from ncprior.training.ratio_job import Fitted, RatioJob, log_ratios, new_ratios, seen_pairs
 from ncprior.training.verdict import calibrate_and_judge
 
 ADAPTIVE = "adaptive"
@@ -264,15 +264,9 @@ def _judge(
     seed: int,
 ) -> dict[str, Any]:
     """The figures of all stages together, of each, and of what is left."""
-
-    def logits(pairs: list[Pairs]) -> tuple[Tensor, Tensor]:
-        at = [torch.cat([ratio(z) for z in part.split(ratio.chunk)]) for part in pairs[0][:2]]
-        return at[0], at[1]
-
-    parts = [logits(pairs) for pairs in held]
-    heldout = torch.cat([q for q, _ in parts]), torch.cat([p for _, p in parts])
+    heldout, of_seen = log_ratios(ratio, held), log_ratios(ratio, [seen])
     found = calibrate_and_judge(
-        ratio, heldout, logits(seen), held.kls[0], heldout_images=held.images, seed=seed, fit=False
+        ratio, heldout, of_seen, held.kls[0], heldout_images=held.images, seed=seed, fit=False
     )
     found["warnings"] = []
     if left["jsd"] > FAR_JSD:
