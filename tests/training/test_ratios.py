@@ -191,7 +191,7 @@ def test_stops_when_the_heldout_loss_does_not_fall(rng):
 
 @pytest.mark.parametrize("preset", ["small", "large", "published"])
 def test_presets(preset, rng):
-    options = {"preset": preset, "steps": 2, "log_z_draws": 100}
+    options = {"preset": preset, "steps": 2, "log_z_draws": 100, "match_moments": False}
     prior = ncprior.fit_prior(linear_vae(), gaussian_images(200, rng), **options, **QUIET)
     assert prior.record["settings"]["steps"] == 2
     assert prior.ratios[0].config["network"] == ("mlp" if preset == "published" else "residual")

@@ -262,7 +262,7 @@ def _fit_groups(
     job.module.load_state_dict(job.best_weights)
     job.module.eval().requires_grad_(False)
     seen = job.logits([seen_pairs(vae, table, held, seed)])
-    fitted = dict(zip(held.groups, job.module.ratios(), strict=True))
+    fitted = {k: r.eval() for k, r in zip(held.groups, job.module.ratios(), strict=True)}
     judged = {
         k: calibrate_and_judge(*parts, heldout_images=held.images, seed=seed, fit=calibrate)
         | {"best_step": int(job.best_step[i])}
