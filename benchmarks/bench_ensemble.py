@@ -37,9 +37,8 @@ COLUMNS = {
 def uncalibrated(prior: Any) -> Any:
     other = copy.deepcopy(prior)
     for ratio in other.ratios:
-        network = getattr(ratio, "network", ratio)
-        network.temperature.fill_(1)
-        network.shift.fill_(0)
+        ratio.temperature.fill_(1)
+        ratio.shift.fill_(0)
     return other
 
 
@@ -67,6 +66,7 @@ def main() -> None:
             began = time.perf_counter()
             prior = ncprior.fit_prior(
                 vae, data, rows=splits.train, seed=seed, preset="small", progress=False,
+                match_moments=False,
                 network_options=PRESETS["small"]["network_options"] | {"members": members},
             )  # fmt: skip
             seconds = {"seconds": time.perf_counter() - began}

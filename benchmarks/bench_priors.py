@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=NAMES, choices=NAMES)
     asked = parser.parse_args()
     for name in asked.only:
-        measure(name, asked.out, asked.seeds, asked.priors)
+        measure(name, asked.out, asked.seeds, list(dict.fromkeys(["gaussian", *asked.priors])))
         print(f"{name}\n{load_comparison(asked.out / name / 'compare')}", flush=True)
     print(overview(asked.out))
 

@@ -206,9 +206,11 @@ def _known(
     names: Sequence[str], seed: int, asked: dict[str, Any], directory: Path | None
 ) -> dict[str, _Measured]:
     """What was measured of these as it is asked for now."""
-    found = {}
-    for name in names if directory is not None else ():
-        file = directory / f"{name}-{seed}" / SCORES  # type: ignore[operator]
+    found: dict[str, _Measured] = {}
+    if directory is None:
+        return found
+    for name in names:
+        file = directory / f"{name}-{seed}" / SCORES
         content = read_json(file) if file.exists() else None
         if content is None or content["asked"] != json.loads(json.dumps(asked)):
             continue

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ncprior.normal import StandardNormal
 from ncprior.numerics import LogZ
 from ncprior.priors.autoregressive import AutoregressivePrior
@@ -121,13 +119,13 @@ def _from_config(cls: type, config: dict[str, Any]) -> Any:
     return prior
 
 
-def _ratio(options: dict[str, Any]) -> nn.Module:
+def _ratio(options: dict[str, Any]) -> Any:
     """A ratio with fresh weights from its config."""
     name = options.pop("network")
     if name == "summed":
-        return SummedRatio([_ratio(part) for part in options["parts"]])  # type: ignore[misc]
+        return SummedRatio([_ratio(part) for part in options["parts"]])
     if name == "matched":
-        return MatchedRatio(_ratio(options["of"]))  # type: ignore[arg-type]
+        return MatchedRatio(_ratio(options["of"]))
     return UnitRatio() if name == "unit" else NETWORKS[name](**options)
 
 

@@ -73,7 +73,7 @@ def fit_prior(
             default.
         base: None or "gaussian" for the VAE's own prior; another name in `PRIORS`, such as
             "mixture" (10 Gaussians), for that prior fitted to the same images; or any density. One
-            latent group only.
+            latent group only. Each step draws from it: diffusion, snis and ebm make a fit slow.
         groups: Latent groups to fit, all by default; the others keep their base prior. They are
             independent: parts fitted apart are put together by `NoiseContrastivePrior.join`.
         preset: "small" (default below 20,000 images), "large" or "published" for flat latents;
