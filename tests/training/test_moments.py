@@ -39,7 +39,7 @@ def test_between_normals_the_terms_are_the_log_ratio(parts):
 
     Of 2,000 images a mean has a standard error of s / sqrt(2000) = 0.016.
     """
-    found = match_moments(useless_network(), *parts, seed=0)
+    found = match_moments(useless_network(), *parts, draws=100_000, seed=0)
     assert found.figures["kept"]
     z = torch.linspace(-0.4, 1.6, 9, dtype=torch.float64)
     z = torch.stack(torch.meshgrid(z, z, indexing="ij"), -1).view(-1, 2)
@@ -56,7 +56,7 @@ def test_moments_are_those_of_the_images(parts):
     network = useless_network()
     biased = lambda z, context=None: 0.5 * z[:, 0] - 0.8 * z[:, 1]
     network.forward = biased
-    found = match_moments(network, *parts, seed=0)
+    found = match_moments(network, *parts, draws=100_000, seed=0)
     assert found.figures["kept"]
     p = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     weights = found.ratio(p).softmax(0)
@@ -72,9 +72,8 @@ def test_held_out_images_decide(parts):
     vae, table, _ = parts
     other = as_dataset(gaussian_images(200, torch.Generator().manual_seed(3)) ** 4)
     network = useless_network()
-    found = match_moments(
-        network, vae, table, HeldOut(vae, other, torch.arange(200), [0], seed=0), seed=0
-    )
+    held = HeldOut(vae, other, torch.arange(200), [0], seed=0)
+    found = match_moments(network, vae, table, held, draws=100_000, seed=0)
     assert not found.figures["kept"] and found.figures["heldout_gain"] < 0
     assert found.ratio is network
 
@@ -82,7 +81,7 @@ def test_held_out_images_decide(parts):
 def test_too_few_draws_that_count(parts):
     network = useless_network()
     network.forward = lambda z, context=None: 40 * z[:, 0]
-    found = match_moments(network, *parts, seed=0)
+    found = match_moments(network, *parts, draws=100_000, seed=0)
     assert found.ratio is network and not found.figures["kept"]
     assert found.figures["effective_draws"] < 10 == 2 * found.figures["numbers"]
 

@@ -162,6 +162,32 @@ def test_a_base_by_its_name():
     assert ((z.mean(0) - 1.5).abs() < 0.3).all()  # N(0, I) would be 1.5 away
 
 
+class SlowMixture(ncprior.GaussianMixture):
+    """N(0, I) that says it is slow, and counts its draws."""
+
+    slow_draws, drawn = True, 0
+
+    def sample(self, sample_shape=(), *, generator=None):
+        self.drawn += math.prod(sample_shape)
+        return super().sample(sample_shape, generator=generator)
+
+
+def test_a_slow_base_is_drawn_from_a_table(fitted):
+    """Fifty thousand draws and a few for the checks, however many the steps see."""
+    vae, images, quick = fitted
+    base = SlowMixture(1, 2)
+    options = {name: value for name, value in SMALL.items() if name != "log_z_draws"}
+    prior = ncprior.fit_prior(vae, images, base=base, **options, **QUIET)
+    assert 50_000 < base.drawn < 130_000  # the steps see 154,000 and the usual checks 400,000
+    assert prior.record["groups"][0]["moments"]["kept"]
+    jsd, plain = (p.record["groups"][0]["jsd"] for p in (prior, quick))
+    assert abs(jsd - plain) < 0.01
+    noise = torch.randn(5000, 2, generator=torch.Generator().manual_seed(3))
+    z = MEAN + SPREAD * noise
+    error = prior.log_ratio(0, z) - true_log_ratio(z, MEAN, SPREAD)
+    assert float(error.square().mean().sqrt()) < 0.25
+
+
 def test_any_density_as_base(rng):
     base = ncprior.GaussianMixture(1, 2)
     options = SMALL | {"steps": 3, "evaluate_every": 3}

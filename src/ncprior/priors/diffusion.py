@@ -56,6 +56,7 @@ class DiffusionPrior(LatentPrior):
 
     normalized = True
     slow_density = True
+    slow_draws = True
     axes: Tensor  # (d, d), principal axes of the standardised codes, one a column
     variances: Tensor  # (d,) along them
 

@@ -39,6 +39,7 @@ class EnergyPrior(TiltedNormal):
     """
 
     normalized = False
+    slow_draws = True
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ class LatentPrior(nn.Module):
     normalized: bool
     draws_together = 500  # one draw takes nearly as long as many
     slow_density = False  # whether an equation is solved for the density of each z
+    slow_draws = False  # whether each draw takes a chain, an equation or a pool of its own
     loc: Tensor  # (d,)
     spread: Tensor  # (d,)
 

@@ -36,6 +36,7 @@ class SNISPrior(TiltedNormal):
     """
 
     normalized = False
+    slow_draws = True
 
     def __init__(
         self,

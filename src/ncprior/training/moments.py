@@ -17,7 +17,6 @@ from ncprior.ratios import MatchedRatio
 from ncprior.training.heldout import HeldOut
 from ncprior.training.pairs import draw_pairs
 
-DRAWS = 100_000
 RIDGE = 0.01  # on a and B: what they may be is bounded where draws say little
 EFFECTIVE_PER_NUMBER = 2  # draws of p that must count for each number in a and B
 ITERATIONS = 100
@@ -32,7 +31,9 @@ class Matched(NamedTuple):
 
 
 @torch.no_grad()
-def match_moments(ratio: Any, vae: Any, table: Any, held: HeldOut, *, seed: int) -> Matched:
+def match_moments(
+    ratio: Any, vae: Any, table: Any, held: HeldOut, *, draws: int, seed: int
+) -> Matched:
     """Add to log r what gives p r the mean and covariance of q, unless held-out images object.
 
     They do where E_q[log r] - log Z, which is by how much the ELBO under p r exceeds that under p,
@@ -43,15 +44,16 @@ def match_moments(ratio: Any, vae: Any, table: Any, held: HeldOut, *, seed: int)
         vae: The frozen VAE on its base prior.
         table: Evidence of the images that it was fitted on.
         held: Draws of held-out images.
+        draws: Of q and p, to solve with; and as many fresh ones of p to judge by.
         seed: Seed of the draws.
 
     Reference: the tilt of least relative entropy under moment constraints (Csiszar, "I-divergence
     geometry", 1975).
     """
     device = table.device
-    rows = torch.arange(DRAWS, device=device) % len(table)
-    drawn = draw_pairs(vae, table[rows], DRAWS, stream(seed, "moments", 0, device), held.groups)[0]
-    fresh = draw_pairs(vae, table[rows], DRAWS, stream(seed, "moments", 1, device), held.groups)[0]
+    rows = torch.arange(draws, device=device) % len(table)
+    drawn = draw_pairs(vae, table[rows], draws, stream(seed, "moments", 0, device), held.groups)[0]
+    fresh = draw_pairs(vae, table[rows], draws, stream(seed, "moments", 1, device), held.groups)[0]
     at_p = _log_r(ratio, drawn.prior)
     numbers = math.comb(drawn.posterior.shape[1] + 2, 2) - 1
     ess = float(effective_sample_size(at_p))

@@ -14,7 +14,7 @@ from ncprior.numerics import log_z, stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios import RatioNetwork, UnitRatio
 from ncprior.storage import fingerprint
-from ncprior.training.bases import check_base, named_base
+from ncprior.training.bases import check_base, draws_slowly, named_base, on_table
 from ncprior.training.evidence import EvidenceStream, EvidenceTable, evidence_of
 from ncprior.training.heldout import HeldOut
 from ncprior.training.keeping import Place
@@ -26,6 +26,10 @@ from ncprior.training.ratio_job import Fitted, RatioJob, log_ratios, new_ratios,
 from ncprior.training.stages import check_stages, fit_stages
 from ncprior.training.verdict import calibrate_and_judge
 from ncprior.walk import Density, evaluating
+
+MOMENT_DRAWS, LOG_Z_DRAWS = 100_000, 200_000
+SLOW_DRAWS = 20_000
+"""In their place where the base is slow to draw from."""
 
 
 def fit_prior(
@@ -73,7 +77,8 @@ def fit_prior(
             default.
         base: None or "gaussian" for the VAE's own prior; another name in `PRIORS`, such as
             "mixture" (10 Gaussians), for that prior fitted to the same images; or any density. One
-            latent group only. Each step draws from it: diffusion, snis and ebm make a fit slow.
+            latent group only. From bases that are slow to draw from (diffusion, snis, ebm) the
+            steps see a table of 50,000 draws that is made first.
         groups: Latent groups to fit, all by default; the others keep their base prior. They are
             independent: parts fitted apart are put together by `NoiseContrastivePrior.join`.
         preset: "small" (default below 20,000 images), "large" or "published" for flat latents;
@@ -101,8 +106,9 @@ def fit_prior(
         refresh_passes: Passes over the images in which the kept evidence of each is drawn anew,
             where the input is random.
         log_z_draws: Draws of the base prior from which log Z is estimated; 0 for none. By default
-            200,000 for one group; with several, each draw takes a pass of the decoder. With stages
-            log Z is that of the annealed pools instead.
+            200,000 for one group, 20,000 where the base is slow to draw from; with several, each
+            draw takes a pass of the decoder. With stages log Z is that of the annealed pools
+            instead.
         seed: Seed of all randomness.
         device: "auto", "cpu", "cuda" or "mps".
         precision: Lightning Fabric's.
@@ -175,9 +181,10 @@ def fit_prior(
                 tensorboard,
                 part=_part(None if groups is None else wanted),
             )
+            quick = on_table(vae, seed=seed, device=device_, progress=progress)
             found = _fit_groups(
-                ratios, vae, table, held, fabric, place, settings, patience, calibrate, matching,
-                seed, vae_fingerprint, common,
+                ratios, vae, quick, table, held, fabric, place, settings, patience, calibrate,
+                matching, seed, vae_fingerprint, common,
             )  # fmt: skip
         else:
             found = fit_stages(
@@ -212,7 +219,7 @@ def fit_prior(
             "vae": vae_fingerprint,
             "groups": [found.judged.get(k) for k in every],
         }
-        draws = log_z_draws if log_z_draws is not None else 200_000 if vae.num_groups == 1 else 0
+        draws = _log_z_draws(vae) if log_z_draws is None else log_z_draws
         if found.log_z is not None:
             prior.log_z = found.log_z
         elif draws:
@@ -221,9 +228,16 @@ def fit_prior(
         return prior
 
 
+def _log_z_draws(vae: Any) -> int:
+    if vae.num_groups > 1:
+        return 0
+    return SLOW_DRAWS if draws_slowly(vae) else LOG_Z_DRAWS
+
+
 def _fit_groups(
     ratios: list[RatioNetwork],
     vae: Any,
+    quick: Any,
     table: EvidenceTable | EvidenceStream,
     held: HeldOut,
     fabric: Any,
@@ -236,10 +250,14 @@ def _fit_groups(
     of_vae: str,
     options: dict[str, Any],
 ) -> Fitted:
-    """One classifier for each group, all at the same time; `options` are those of `optimise`."""
+    """One classifier for each group, all at the same time.
+
+    Steps draw from `quick`, the VAE itself or the VAE on a table; `options` are those of
+    `optimise`.
+    """
     job = RatioJob(
         ratios,
-        vae,
+        quick,
         table,
         held,
         batch_size=settings["batch_size"],
@@ -261,7 +279,7 @@ def _fit_groups(
     )
     job.module.load_state_dict(job.best_weights)
     job.module.eval().requires_grad_(False)
-    seen = job.logits([seen_pairs(vae, table, held, seed)])
+    seen = job.logits([seen_pairs(quick, table, held, seed)])
     fitted = {k: r.eval() for k, r in zip(held.groups, job.module.ratios(), strict=True)}
     judged = {
         k: calibrate_and_judge(*parts, heldout_images=held.images, seed=seed, fit=calibrate)
@@ -272,9 +290,10 @@ def _fit_groups(
     }
     if matching:
         (k,) = fitted
-        matched = match(fitted[k], vae, table, held, seed=seed)
+        draws = SLOW_DRAWS if draws_slowly(vae) else MOMENT_DRAWS
+        matched = match(fitted[k], vae, table, held, draws=draws, seed=seed)
         if matched.figures["kept"]:
-            ratio, pairs = matched.ratio, [seen_pairs(vae, table, held, seed)]
+            ratio, pairs = matched.ratio, [seen_pairs(quick, table, held, seed)]
             again = calibrate_and_judge(
                 ratio, log_ratios(ratio, held), log_ratios(ratio, pairs), held.kls[0],
                 heldout_images=held.images, seed=seed, fit=False,
