@@ -267,7 +267,7 @@ def test_a_full_disk_loses_nothing(trained, tmp_path):
 
 def test_ctrl_c_then_resume_ends_the_same(recipe, trained, tmp_path):
     out, env = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
-    recipe_text = SMALL.replace("steps = 60", "steps = 3000").replace("every = 20", "every = 200")
+    recipe_text = SMALL.replace("steps = 60", "steps = 1000").replace("every = 20", "every = 100")
     (tmp_path / "long.toml").write_text(recipe_text)
     whole = tmp_path / "whole"
     assert process("train", tmp_path / "long.toml", "--out", whole, env=env).wait() == 0
