@@ -324,8 +324,9 @@ def compare_run(run: Run, *, progress: bool = True, **options: Any) -> Compariso
     save_comparison(found, where)
     write_bytes(where / "comparison.md", found.markdown().encode())
     if found.pictures:
-        shown = [images[:PICTURED] for images in found.pictures.values()]
-        write_bytes(where / "comparison.png", grid(torch.cat(shown), columns=PICTURED))
+        shown = torch.cat([images[:PICTURED] for images in found.pictures.values()])
+        picture = grid(shown, columns=PICTURED, labels=list(found.pictures))
+        write_bytes(where / "comparison.png", picture)
     return found
 
 

@@ -34,6 +34,19 @@ def test_cells_are_the_images_and_gaps_are_transparent(rng):
     assert (found[~covered] == 0).all()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rows_have_their_names_beside_them(channels, rng):
+    images = torch.rand(6, channels, 8, 8, generator=rng)
+    plain = decoded(grid(images, columns=2))
+    named = decoded(grid(images, columns=2, labels=["gaussian", "", "ncp"]))
+    margin = named.shape[1] - plain.shape[1]
+    np.testing.assert_array_equal(named[:, margin:], plain)
+    rows = [named[top : top + 32, :margin, -1] for top in range(0, 3 * (32 + GAP), 32 + GAP)]
+    assert [bool(row.any()) for row in rows] == [True, False, True]
+    first = [int(np.flatnonzero(row.any(0))[0]) for row in (rows[0], rows[2])]
+    assert 0 < first[0] < first[1]  # the longer name is not cut off, and both end together
+
+
 def test_grey_is_clipped_and_stays_grey():
     images = torch.tensor([-0.5, 0.0, 0.5, 2.0]).view(4, 1, 1, 1)
     found = decoded(grid(images, scale=1))

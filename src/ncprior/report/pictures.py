@@ -2,6 +2,8 @@
 
 import io
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -10,9 +12,16 @@ from torch import Tensor
 CELL = 32  # pixels that a cell's longer side has at least
 LARGEST_CELL = 128  # above it images are averaged down
 GAP = 2  # transparent pixels between cells
+FONT = 13  # pixels
+INK = 128  # readable on light pages and on dark ones
 
 
-def grid(images: Tensor, columns: int = 8, scale: int | None = None) -> bytes:
+def grid(
+    images: Tensor,
+    columns: int = 8,
+    scale: int | None = None,
+    labels: Sequence[str] = (),
+) -> bytes:
     """Lay out images row by row; a PNG with transparent gaps, grey or RGB as the images are.
 
     Args:
@@ -20,6 +29,7 @@ def grid(images: Tensor, columns: int = 8, scale: int | None = None) -> bytes:
         columns: Images in a row.
         scale: Whole number of PNG pixels per image pixel and side. By default cells are 32 to 64
             pixels wide; images of more than 128 are averaged down to at most 128.
+        labels: What is written to the left of the rows, from the first on.
 
     Returns:
         The content of a PNG file, in mode LA or RGBA.
@@ -48,9 +58,26 @@ def grid(images: Tensor, columns: int = 8, scale: int | None = None) -> bytes:
         top, left = (i // columns) * (h + GAP), (i % columns) * (w + GAP)
         cell = canvas[top : top + h, left : left + w]
         cell[..., :c], cell[..., c] = image, 255
-    content = io.BytesIO()
-    Image.fromarray(canvas, "LA" if c == 1 else "RGBA").save(content, "png", optimize=True)
+    picture, content = Image.fromarray(canvas, "LA" if c == 1 else "RGBA"), io.BytesIO()
+    if labels:
+        picture = _labelled(picture, labels, h + GAP)
+    picture.save(content, "png", optimize=True)
     return content.getvalue()
+
+
+def _labelled(picture: Any, labels: Sequence[str], row: int) -> Any:
+    """The picture with a margin at the left, in which the names of the rows stand."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(FONT)
+    margin = math.ceil(max(font.getlength(label) for label in labels)) + 4 * GAP
+    wider = Image.new(picture.mode, (margin + picture.width, picture.height))
+    wider.paste(picture, (margin, 0))
+    ink = (INK,) * (len(picture.getbands()) - 1) + (255,)
+    for i, label in enumerate(labels):
+        at = (margin - 2 * GAP, i * row + (row - GAP) / 2)
+        ImageDraw.Draw(wider).text(at, label, fill=ink, font=font, anchor="rm")
+    return wider
 
 
 def _to_cell(images: Tensor) -> tuple[Tensor, int]:
