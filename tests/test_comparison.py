@@ -6,7 +6,7 @@ from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
 from ncprior import comparison
-from ncprior.comparison import compare
+from ncprior.comparison import compare, load_fitted
 from ncprior.data import random_splits
 from ncprior.scoreboard import Comparison, Score, load_comparison, save_comparison
 
@@ -53,6 +53,15 @@ def test_better_priors_score_better(data, splits):
     text = str(found)
     assert "mixture" in text and "2 seeds" in text
     assert found.markdown().count("\n") == 5
+
+
+def test_mixtures_of_any_size(data, splits, tmp_path):
+    names = ["mixture-1", "mixture-3", "ncp-mixture-3"]
+    fewer = options(priors=names, seeds=1, metrics=["fd"], samples=40, directory=tmp_path)
+    compare(linear_vae(), data, splits, **fewer)
+    one, three, on_three = (load_fitted(tmp_path, name, 0, linear_vae())[0] for name in names)
+    assert len(one.means) == 1 and len(three.means) == 3
+    assert len(on_three.base.means) == 3
 
 
 def test_kept_priors_are_not_fitted_again(data, splits, tmp_path, monkeypatch):
@@ -138,6 +147,8 @@ def test_intervals_are_students(tmp_path):
     ("changes", "message"),
     [
         ({"priors": ["gaussian", "flew"]}, "priors must be some of .*, got flew"),
+        ({"priors": ["ncp-gaussian"]}, "priors must be some of .*, got ncp-gaussian"),
+        ({"priors": ["ncp-mixture-0"]}, "priors must be some of .*, got ncp-mixture-0"),
         ({"priors": []}, "priors must be some of .*, got none"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"samples": 10}, "samples at least 40"),

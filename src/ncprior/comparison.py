@@ -14,7 +14,7 @@ from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.figures import Figures, as_json, from_json
 from ncprior.nll_figures import measure_nll
 from ncprior.numerics import stream
-from ncprior.priors import PRIORS, Codes, NoiseContrastivePrior, fit_density
+from ncprior.priors import PRIORS, Codes, NoiseContrastivePrior, fit_density, parse_name
 from ncprior.priors.pretrained import load_density, save_density
 from ncprior.quality_figures import Spec, quality_figures
 from ncprior.scoreboard import COLUMNS, Comparison, Score
@@ -25,14 +25,12 @@ from ncprior.training.bases import codes_of
 from ncprior.training.progress import progress_bar
 from ncprior.walk import device_of
 
-RATIOS: dict[str, dict[str, Any]] = {
-    "ncp": {},
-    "ncp-multistage": {"stages": "adaptive"},
-} | {f"ncp-{name}": {"base": name} for name in PRIORS if name != "gaussian"}
-"""Noise contrastive priors by name, as arguments of `fit_prior`."""
+RATIOS: dict[str, dict[str, Any]] = {"ncp": {}, "ncp-multistage": {"stages": "adaptive"}}
+"""Noise contrastive priors on the VAE's own prior by name, as arguments of `fit_prior`."""
+ON_BASE = "ncp-"
+"""What those on another base begin with; the name of the base follows."""
 SAMPLERS = {"ncp-multistage": "annealed"}
 """What noise contrastive priors are drawn by; SIR where it is not said."""
-COMPARED = (*PRIORS, *RATIOS)
 TIMED = 500
 """Draws that the time per 1000 is taken from."""
 RECONSTRUCTION = "reconstruction"
@@ -67,7 +65,8 @@ def compare(
         data: Its images, or a tensor (n, c, h, w) in [0, 1].
         splits: Which of them are for training (priors are fitted on these), validation and test;
             80/10/10 at random by default.
-        priors: Names in `COMPARED`.
+        priors: Names: those that `parse_name` knows, "ncp", "ncp-multistage" and "ncp-BASE", such
+            as "ncp-mixture-100".
         seeds: Seeds 0 up to this; each fits and samples anew.
         samples: Images drawn from each prior and from the aggregate posterior.
         proposals: SIR's pool for noise contrastive priors.
@@ -236,15 +235,34 @@ def _check(vae: Any, priors: Sequence[str], seeds: int, samples: int) -> None:
             f"compare needs a VAE with one latent group, this one has {vae.num_groups}; its own "
             "prior and the NCP are compared by ncprior evaluate"
         )
-    unknown = [name for name in priors if name not in COMPARED]
+    unknown = [name for name in priors if not is_known(name)]
     if unknown or not priors:
         raise ValueError(
-            f"priors must be some of {', '.join(COMPARED)}, got {', '.join(unknown) or 'none'}"
+            f"priors must be some of {', '.join(PRIORS)}, mixture-N (N components), "
+            f"{', '.join(RATIOS)} and ncp-BASE, got {', '.join(unknown) or 'none'}"
         )
     if seeds < 1 or samples < 40:
         raise ValueError(
             f"seeds must be at least 1 and samples at least 40, got {seeds} and {samples}"
         )
+
+
+def is_known(name: str) -> bool:
+    """Whether `compare` takes a prior of that name."""
+    if name in RATIOS:
+        return True
+    try:
+        kind, _ = parse_name(name.removeprefix(ON_BASE))
+    except ValueError:
+        return False
+    return kind != "gaussian" or name == kind
+
+
+def ratio_options(name: str) -> dict[str, Any] | None:
+    """Arguments of `fit_prior` for a noise contrastive prior; None for a prior of another kind."""
+    if name in RATIOS:
+        return RATIOS[name]
+    return {"base": name.removeprefix(ON_BASE)} if name.startswith(ON_BASE) else None
 
 
 def _fitted(
@@ -266,8 +284,9 @@ def _fitted(
             return known
     began = time.perf_counter()
     prior: Any
-    if name in RATIOS:
-        options = {"seed": seed, "progress": progress, "tensorboard": False} | fit | RATIOS[name]
+    own = ratio_options(name)
+    if own is not None:
+        options = {"seed": seed, "progress": progress, "tensorboard": False} | fit | own
         prior = fit_prior(vae, data, rows=splits.train, **options)
     else:
         with progress_bar(f"fitting {name}, seed {seed}", 1, shown=progress) as bar:
@@ -277,7 +296,7 @@ def _fitted(
     seconds = time.perf_counter() - began
     if directory is not None:
         where = directory / f"{name}-{seed}"
-        if name in RATIOS:
+        if own is not None:
             prior.save_pretrained(where)
         else:
             save_density(prior, where)
@@ -295,7 +314,8 @@ def load_fitted(
     known = read_json(where / "fit.json")
     if known["vae"] != fingerprint(vae) or (fit is not None and known["fit"] != fit):
         return None
-    reader = NoiseContrastivePrior.from_pretrained if name in RATIOS else load_density
+    ours = ratio_options(name) is not None
+    reader = NoiseContrastivePrior.from_pretrained if ours else load_density
     return reader(where), known["seconds"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ncprior.comparison import COMPARED, PICTURED, compare, load_fitted
+from ncprior.comparison import PICTURED, compare, is_known, load_fitted
 from ncprior.data import ImageDataset, Splits
 from ncprior.diagnosis import Diagnosis, diagnose
 from ncprior.evaluation import Scores, evaluate
@@ -300,7 +300,7 @@ def evaluate_run(
 def load_compared(run: Run, vae: Any, name: str) -> Any:
     """A prior that `compare` fitted on this VAE with seed 0."""
     where = run.path / "compare" / "priors"
-    found = load_fitted(where, name, 0, vae) if name in COMPARED else None
+    found = load_fitted(where, name, 0, vae) if is_known(name) else None
     if found is None:
         have = sorted({path.parent.name.rpartition("-")[0] for path in where.glob("*/fit.json")})
         raise ValueError(

@@ -233,7 +233,8 @@ def test_presets(preset, rng):
         ({"learning_rate": math.nan}, "learning_rate must be positive"),
         ({"heldout": 0.0}, "heldout = 0.0 of 50 images"),
         ({"heldout": 0.99}, "heldout = 0.99 of 50 images"),
-        ({"base": "flew"}, "base must be one of gaussian, mixture, .* or a density, got 'flew'"),
+        ({"base": "mixture-0"}, "base must be one of .* mixture-N .*, got 'mixture-0'"),
+        ({"base": "flew"}, "base must be one of gaussian, mixture, .* or mixture-N .*, got 'flew'"),
         ({"base": ncprior.GaussianMixture(1, 3)}, "event shape"),
     ],
 )

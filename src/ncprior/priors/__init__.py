@@ -9,7 +9,7 @@ from ncprior.priors.energy import EnergyPrior
 from ncprior.priors.flow import FlowPrior
 from ncprior.priors.lars import LARSPrior
 from ncprior.priors.mixture import GaussianMixture
-from ncprior.priors.named import PRIORS, fit_density
+from ncprior.priors.named import PRIORS, fit_density, parse_name
 from ncprior.priors.pretrained import load_density, save_density
 from ncprior.priors.snis import SNISPrior
 from ncprior.priors.two_stage import TwoStagePrior
@@ -32,5 +32,6 @@ __all__ = [
     "VampPrior",
     "fit_density",
     "load_density",
+    "parse_name",
     "save_density",
 ]

@@ -1,5 +1,6 @@
 """Priors by name, fitted to the codes of a frozen VAE in one call."""
 
+import re
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,25 @@ from ncprior.priors.pretrained import BASES
 
 PRIORS: dict[str, Any] = BASES
 """Every prior that can be fitted by name, and be the base of an NCP, under its name on disk."""
+_MIXTURE_OF = re.compile(r"mixture-([1-9][0-9]{0,3})")
+
+
+def parse_name(name: str, argument: str = "name") -> tuple[str, dict[str, Any]]:
+    """The key of `PRIORS` and the arguments of `fit` that a name stands for.
+
+    Names are the keys, and "mixture-N" for a Gaussian mixture of N components.
+
+    Raises:
+        ValueError: another name; `argument` is what it was given as.
+    """
+    if name in PRIORS:
+        return name, {}
+    if found := _MIXTURE_OF.fullmatch(name):
+        return "mixture", {"components": int(found[1])}
+    raise ValueError(
+        f"{argument} must be one of {', '.join(PRIORS)}, or mixture-N for N components, "
+        f"got {name!r}"
+    )
 
 
 def fit_density(
@@ -25,7 +45,7 @@ def fit_density(
     """The prior of that name, fitted to codes with its own defaults.
 
     Args:
-        name: A key of `PRIORS`.
+        name: A key of `PRIORS`, or "mixture-N" for N components.
         codes: What the frozen encoder says of the training images.
         vae: The VAE that they are of; only "vamp" asks for it.
         images: Images (n, c, h, w) in [0, 1] that "vamp" starts from.
@@ -36,8 +56,7 @@ def fit_density(
     Raises:
         ValueError: an unknown name, or codes that cannot be fitted.
     """
-    if name not in PRIORS:
-        raise ValueError(f"name must be one of {', '.join(PRIORS)}, got {name!r}")
-    if name == "vamp":
-        settings = {"vae": vae, "images": images} | settings
-    return PRIORS[name].fit(codes, seed=seed, report=report, **settings)
+    kind, own = parse_name(name)
+    if kind == "vamp":
+        own = {"vae": vae, "images": images}
+    return PRIORS[kind].fit(codes, seed=seed, report=report, **(own | settings))

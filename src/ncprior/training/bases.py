@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ncprior.numerics import stream
-from ncprior.priors import PRIORS, Codes, fit_density
+from ncprior.priors import Codes, fit_density, parse_name
 from ncprior.training.evidence import encode
 from ncprior.training.progress import progress_bar
 from ncprior.walk import Density, evaluating
@@ -25,8 +25,8 @@ def check_base(base: Density | str | None, vae: Any) -> None:
         return
     if vae.num_groups > 1:
         raise ValueError("base needs a VAE with one latent group; hierarchical ones have their own")
-    if isinstance(base, str) and base not in PRIORS:
-        raise ValueError(f"base must be one of {', '.join(PRIORS)} or a density, got {base!r}")
+    if isinstance(base, str):
+        parse_name(base, "base")
 
 
 def named_base(

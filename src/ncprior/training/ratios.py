@@ -75,10 +75,10 @@ def fit_prior(
         data: An `ImageDataset` or a tensor (n, c, h, w) in [0, 1].
         rows: Rows whose aggregate posterior is q(z), usually the VAE's training images; all by
             default.
-        base: None or "gaussian" for the VAE's own prior; another name in `PRIORS`, such as
-            "mixture" (10 Gaussians), for that prior fitted to the same images; or any density. One
-            latent group only. From bases that are slow to draw from (diffusion, snis, ebm) the
-            steps see a table of 50,000 draws that is made first.
+        base: None or "gaussian" for the VAE's own prior; another name that `parse_name` knows, such
+            as "mixture" (10 Gaussians) or "mixture-100", for that prior fitted to the same images;
+            or any density. One latent group only. From bases that are slow to draw from (diffusion,
+            snis, ebm) the steps see a table of 50,000 draws that is made first.
         groups: Latent groups to fit, all by default; the others keep their base prior. They are
             independent: parts fitted apart are put together by `NoiseContrastivePrior.join`.
         preset: "small" (default below 20,000 images), "large" or "published" for flat latents;
