@@ -96,16 +96,31 @@ def test_proposals():
     assert "About 1,000 for 10 effective ones" in found["How many proposals are needed?"]
     assert "hold 4.0" in found["How many proposals are needed?"]
     assert "up to 100 %" in found["How many proposals are needed?"]
-    assert "Draw with --proposals 1000." in found["What next?"]
+    assert "Draw with --proposals 1000" in found["What next?"]
 
 
 @pytest.mark.parametrize("ess", [4.0, 40.0])
 def test_a_nearer_base_where_few_proposals_of_a_normal_one_count(ess):
-    few, advice = figures(ess=ess, ess_share=ess / 100), "--base mixture"
-    prior = prior_of(GOOD)
-    for base, known in ((StandardNormal(2), ess < 10), (ncprior.GaussianMixture(1, 2), False)):
-        prior.base = base
-        assert (advice in said(prior, few)["What next?"]) == known
+    """On 50,000 images a mixture of 100 is worth its time, on few one of 10."""
+    few, prior = figures(ess=ess, ess_share=ess / 100), prior_of(GOOD)
+    ten, hundred = ncprior.GaussianMixture(10, 2), ncprior.GaussianMixture(100, 2)
+    for base, images, advice in (
+        (StandardNormal(2), 1000, "--base mixture --overwrite"),
+        (StandardNormal(2), 50_000, "--base mixture-100 --overwrite"),
+        (ten, 50_000, "--base mixture-100 --overwrite"),
+        (ten, 1000, None),
+        (hundred, 50_000, None),
+    ):
+        prior.base, prior.record["fitted_images"] = base, images
+        found = said(prior, few)["What next?"]
+        assert (advice in found) == (ess < 10) if advice else "--base" not in found
+
+
+def test_stages_where_a_mixture_was_not_near_enough():
+    prior = prior_of(GOOD | {"jsd": 0.69})
+    prior.base = ncprior.GaussianMixture(10, 2)
+    found = said(prior)["What next?"]
+    assert "--stages adaptive" in found and "--base" not in found
 
 
 @pytest.mark.parametrize(

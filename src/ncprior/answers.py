@@ -9,9 +9,10 @@ from ncprior.figures import Figure, Figures
 from ncprior.group_figures import largest_jsd
 from ncprior.group_findings import GroupFinding, name_groups, words_in_short
 from ncprior.normal import StandardNormal
-from ncprior.priors import NoiseContrastivePrior
+from ncprior.priors import GaussianMixture, NoiseContrastivePrior
 from ncprior.ratios.nce import LOG_2
 from ncprior.tail import DOUBTFUL, UNRELIABLE
+from ncprior.training.presets import components_for
 from ncprior.training.verdict import OVERFIT_SHARE, SEPARATED_JSD
 
 FAR_LOG_Z = 1.0  # nats, worth a warning
@@ -212,13 +213,15 @@ def _next(
             "Where samples are still poor, reconstructions are too: train a better VAE, no prior "
             "mends it."
         )
+    nearer = None if findings else _nearer_base(prior)
     separated = any(g["jsd"] > SEPARATED_JSD for g in groups)
     if separated:
         said.append(
             "Leave the separated groups to their base prior (--groups), or fit on a nearer base."
             if findings
-            else f"Fit on a base nearer to the posterior: ncprior fit {run} --base mixture "
-            "--overwrite."
+            else f"Fit on a base nearer to the posterior: {_fit_on(nearer, run)}."
+            if nearer
+            else f"Fit in stages: ncprior fit {run} --stages adaptive --overwrite."
         )
     elif not no_gap and max(map(_overfit, groups)) > OVERFIT_SHARE:
         said.append(
@@ -226,21 +229,23 @@ def _next(
             "ratios."
         )
     elif not no_gap and _tells(figures):
+        other = f" or a base nearer to the posterior (--base {nearer})" if nearer else ""
         said.append(
-            f"A larger ratio network (ncprior fit {run} --preset large --overwrite) or a base "
-            "nearer to the posterior (--base mixture) may close more."
+            f"A larger ratio network (ncprior fit {run} --preset large --overwrite){other} may "
+            "close more."
         )
     effective = figures.get("ess")
     if effective is not None and effective.value < ENOUGH_PROPOSALS:
         pool = effective.value / figures["ess_share"].value
         share = min(figures["ess_share"].value, _lasting_share(prior) or 1.0)
         more = _rounded_up(max(ENOUGH_PROPOSALS / share, pool))
-        plain = isinstance(prior.base, StandardNormal) and not separated
-        nearer = (
-            ", or fit on a base nearer to the posterior, of whose draws more count: "
-            f"ncprior fit {run} --base mixture --overwrite"
-        )
-        said.append(f"Draw with --proposals {more}{nearer if plain else ''}.")
+        instead = ""
+        if nearer and not separated:
+            instead = (
+                ", or fit on a base nearer to the posterior, of whose draws more count: "
+                f"{_fit_on(nearer, run)}"
+            )
+        said.append(f"Draw with --proposals {more}{instead}.")
     closed = figures.get("gap_closed")
     if closed is not None and not no_gap and closed.value + 2 * (closed.se or 0) < 0:
         said.append("Do not use this prior: its samples are further from the data than the base's.")
@@ -249,6 +254,19 @@ def _next(
     if not no_gap and (closed is None or closed.value > 0):
         said.append(f"Sample: ncprior sample {run} --out samples.npz.")
     return " ".join(said)
+
+
+def _nearer_base(prior: NoiseContrastivePrior) -> str | None:
+    """A mixture to fit on instead of N(0, I) or of a smaller one; None where that is no advice."""
+    components = components_for(prior.record.get("fitted_images", 0))
+    name = "mixture" if components == components_for(0) else f"mixture-{components}"
+    if isinstance(prior.base, GaussianMixture):
+        return name if len(prior.base.means) < components else None
+    return name if prior.base is None or isinstance(prior.base, StandardNormal) else None
+
+
+def _fit_on(base: str, run: str) -> str:
+    return f"ncprior fit {run} --base {base} --overwrite"
 
 
 def _overfit(group: dict[str, Any]) -> float:
