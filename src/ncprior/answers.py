@@ -10,9 +10,9 @@ from ncprior.group_figures import largest_jsd
 from ncprior.group_findings import GroupFinding, name_groups, words_in_short
 from ncprior.normal import StandardNormal
 from ncprior.priors import GaussianMixture, NoiseContrastivePrior
+from ncprior.priors.mixture import SIZES
 from ncprior.ratios.nce import LOG_2
 from ncprior.tail import DOUBTFUL, UNRELIABLE
-from ncprior.training.presets import components_for
 from ncprior.training.verdict import OVERFIT_SHARE, SEPARATED_JSD
 
 FAR_LOG_Z = 1.0  # nats, worth a warning
@@ -257,12 +257,10 @@ def _next(
 
 
 def _nearer_base(prior: NoiseContrastivePrior) -> str | None:
-    """A mixture to fit on instead of N(0, I) or of a smaller one; None where that is no advice."""
-    components = components_for(prior.record.get("fitted_images", 0))
-    name = "mixture" if components == components_for(0) else f"mixture-{components}"
+    """A mixture to fit on instead of N(0, I) or of a small one; None where that is no advice."""
     if isinstance(prior.base, GaussianMixture):
-        return name if len(prior.base.means) < components else None
-    return name if prior.base is None or isinstance(prior.base, StandardNormal) else None
+        return "mixture-auto" if len(prior.base.means) <= SIZES[0] else None
+    return "mixture-auto" if prior.base is None or isinstance(prior.base, StandardNormal) else None
 
 
 def _fit_on(base: str, run: str) -> str:

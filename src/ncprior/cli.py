@@ -139,8 +139,8 @@ def fit(
     base: Annotated[
         str | None,
         typer.Option(
-            help="What the ratio multiplies: gaussian, mixture (10 components), mixture-N, vamp, "
-            "flow, autoregressive, two-stage, diffusion, lars, snis or ebm."
+            help="What the ratio multiplies: gaussian, mixture (10 components), mixture-N, "
+            "mixture-auto, vamp, flow, autoregressive, two-stage, diffusion, lars, snis or ebm."
         ),
     ] = None,
     groups: Annotated[
@@ -413,9 +413,9 @@ def compare(
     priors: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: gaussian, mixture (10 components), mixture-N, vamp, flow, "
-            "autoregressive, two-stage, diffusion, lars, snis, ebm, ncp, ncp-multistage, and "
-            "ncp-BASE, such as ncp-mixture-100."
+            help="Comma-separated: gaussian, mixture (10 components), mixture-N, mixture-auto, "
+            "vamp, flow, autoregressive, two-stage, diffusion, lars, snis, ebm, ncp, "
+            "ncp-multistage, and ncp-BASE, such as ncp-mixture-auto."
         ),
     ] = "gaussian,mixture,vamp,flow,diffusion,two-stage,lars,snis,ebm,ncp,ncp-multistage",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 up to this.")] = 5,

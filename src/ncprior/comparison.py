@@ -25,7 +25,10 @@ from ncprior.training.bases import codes_of
 from ncprior.training.progress import progress_bar
 from ncprior.walk import device_of
 
-RATIOS: dict[str, dict[str, Any]] = {"ncp": {}, "ncp-multistage": {"stages": "adaptive"}}
+RATIOS: dict[str, dict[str, Any]] = {
+    "ncp": {},
+    "ncp-multistage": {"stages": "adaptive", "preset": "stages"},  # a larger one learns the pools
+}
 """Noise contrastive priors on the VAE's own prior by name, as arguments of `fit_prior`."""
 ON_BASE = "ncp-"
 """What those on another base begin with; the name of the base follows."""
@@ -238,7 +241,7 @@ def _check(vae: Any, priors: Sequence[str], seeds: int, samples: int) -> None:
     unknown = [name for name in priors if not is_known(name)]
     if unknown or not priors:
         raise ValueError(
-            f"priors must be some of {', '.join(PRIORS)}, mixture-N (N components), "
+            f"priors must be some of {', '.join(PRIORS)}, mixture-N, mixture-auto, "
             f"{', '.join(RATIOS)} and ncp-BASE, got {', '.join(unknown) or 'none'}"
         )
     if seeds < 1 or samples < 40:

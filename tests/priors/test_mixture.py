@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -7,6 +8,8 @@ from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture as Fit
 
 from ncprior import GaussianMixture
+from ncprior.priors import Codes
+from ncprior.priors.expectation import expectation_maximisation
 
 
 def doubles(values):
@@ -87,7 +90,7 @@ def test_fit_is_that_of_scikit_learn(mixture, rng):
     codes = mixture.sample((600,), generator=rng)
     expected = Fit(3, max_iter=2000, random_state=0).fit(codes.numpy())
     found = GaussianMixture.fit(codes, 3).double()
-    # Weights are kept in single precision.
+    # Parameters are kept in single precision.
     torch.testing.assert_close(
         found.log_prob(codes), torch.from_numpy(expected.score_samples(codes)), rtol=0, atol=1e-3
     )
@@ -96,8 +99,8 @@ def test_fit_is_that_of_scikit_learn(mixture, rng):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (torch.zeros(5, 2), "n of at least 10, got"),
-        (torch.zeros(20), r"codes must be \(n, d\)"),
+        (torch.zeros(5, 2), "codes must be at least 10, one for each component, got 5"),
+        (torch.zeros(20), r"codes must be two tensors \(n, d\)"),
         (torch.full((20, 2), math.nan), "codes must be finite"),
     ],
 )
@@ -112,3 +115,68 @@ def test_config_makes_the_same_shape(mixture):
     z = torch.zeros(1, 2, dtype=torch.float64)
     assert other.event_shape == (2,) and other.batch_shape == ()
     torch.testing.assert_close(other.log_prob(z), mixture.log_prob(z), rtol=0, atol=0)
+
+
+def test_whole_posteriors_count(rng):
+    """One component: mean and covariance of q(z) are known, the mean noise being part of it."""
+    codes = Codes(torch.randn(500, 3, generator=rng), torch.rand(500, 3, generator=rng) + 0.5)
+    found = GaussianMixture.fit(codes, 1)
+    covariance = torch.cov(codes.loc.T, correction=0) + codes.scale.square().mean(0).diag()
+    torch.testing.assert_close(found.means[0], codes.loc.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found.cholesky[0] @ found.cholesky[0].T, covariance, rtol=0, atol=1e-5
+    )
+
+
+def test_every_iteration_raises_the_bound(rng):
+    """And with codes that have no scale it is the log-likelihood itself."""
+    loc = torch.randn(400, 3, generator=rng).abs()
+    bounds: list[float] = []
+    for scale in (0.3, 0.0):
+        codes = Codes(loc, torch.full_like(loc, scale))
+        bounds = []
+        for iterations in range(1, 12):
+            *_, bound = expectation_maximisation(codes, 4, seed=0, max_iter=iterations, tol=-1)
+            bounds.append(bound)
+        assert all(b > a - 1e-5 for a, b in itertools.pairwise(bounds))
+        assert bounds[-1] > bounds[0] + 0.01
+    found = GaussianMixture.fit(codes, 4, max_iter=10, tol=-1)  # the bound is that before a step
+    assert float(found.log_prob(loc).mean()) == pytest.approx(bounds[-1], abs=1e-4)
+
+
+def test_noise_is_not_taken_for_structure(rng):
+    """Latents that the encoder leaves at the prior: draws of them over-fit, posteriors do not."""
+    used = torch.randn(400, 1, generator=rng)
+    used = 0.95 * used.sign() + 0.01 * used
+    unused = torch.zeros(400, 9)
+    scale = torch.cat([torch.full_like(used, 0.3), torch.ones_like(unused)], 1)
+    codes = Codes(torch.cat([used, unused], 1), scale)
+    fresh = codes.draw(5000, generator=rng)
+    of_draws = GaussianMixture.fit(codes.each(generator=rng), 10)
+    of_posteriors = GaussianMixture.fit(codes, 10)
+    gained = of_posteriors.log_prob(fresh) - of_draws.log_prob(fresh)
+    assert float(gained.mean()) > 0.5
+
+
+def test_auto_takes_the_number_that_held_out_codes_choose(rng, monkeypatch):
+    """Draws of two far components: three sizes are worth trying, the fourth over-fits."""
+    sizes = []
+    monkeypatch.setattr("ncprior.priors.mixture.SIZES", (1, 2, 60, 70))
+    z = torch.randn(300, 2, generator=rng)
+    z[::2, 0] += 12
+    found = GaussianMixture.fit(
+        z, "auto", report=lambda _, figures: sizes.append(figures["log_prob"])
+    )
+    assert len(found.means) == 2 and len(sizes) == 3
+    assert sizes[2] > sizes[1] > sizes[0]  # of what they were fitted to
+
+
+def test_auto_on_few_codes(rng):
+    """Sizes that there are too few codes for are not tried."""
+    assert len(GaussianMixture.fit(torch.randn(25, 2, generator=rng), "auto").means) == 10
+
+
+@pytest.mark.parametrize("components", [0, 2.5, "many"])
+def test_components_are_checked(components, rng):
+    with pytest.raises(ValueError, match="components must be a whole number of at least 1, or au"):
+        GaussianMixture.fit(torch.randn(25, 2, generator=rng), components)

@@ -1,4 +1,4 @@
-"""A Gaussian mixture as base prior: fitted by scikit-learn, a density of torch afterwards."""
+"""A Gaussian mixture as prior."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,14 @@ from torch import Generator, Tensor, nn
 from ncprior.normal import LOG_2_PI
 from ncprior.numerics import stream
 from ncprior.priors.codes import Codes
+from ncprior.priors.expectation import NUMBERS_AT_ONCE, expectation_maximisation
 from ncprior.priors.fitting import Report, ignore
+
+AUTO = "auto"
+SIZES = (10, 30, 100)
+"""Numbers of components that "auto" tries in turn."""
+HELDOUT = 0.1
+"""Share of the codes that it judges them by."""
 
 
 class GaussianMixture(nn.Module):
@@ -54,49 +61,67 @@ class GaussianMixture(nn.Module):
     def fit(
         cls,
         codes: Codes | Tensor,
-        components: int = 10,
+        components: int | str = 10,
         *,
         seed: int = 0,
         report: Report = ignore,
         max_iter: int = 2000,
         tol: float = 1e-3,
     ) -> "GaussianMixture":
-        """Fit by expectation maximisation (scikit-learn, full covariances).
+        """Fit by expectation maximisation over posteriors, with full covariances.
 
         Args:
-            codes: One draw of each image's posterior is taken; a tensor (n, d) is taken as it is.
-            components: Number of components m.
-            seed: Decides the draws and the first guess.
-            report: Receives the mean log-likelihood in nats, once.
+            codes: What the encoder says of the images, or points (n, d).
+            components: Number of components m; "auto" to try 10, 30 and 100 in turn for as long as
+                a tenth of the codes, which is held out, becomes more likely.
+            seed: Decides the first guess and what is held out.
+            report: Receives the bound that is raised, in nats, once for each number of components;
+                see `expectation`.
             max_iter: Iterations at most.
             tol: Gain in the mean log-likelihood below which it ends.
 
         Raises:
             ValueError: fewer codes than components, or codes that are not finite.
         """
-        from sklearn.mixture import GaussianMixture as Fit
-
-        if isinstance(codes, Codes):
-            codes = codes.checked().each(generator=stream(seed, "mixture", 0, codes.loc.device))
-        if codes.ndim != 2 or len(codes) < max(components, 2):
+        if not isinstance(codes, Codes):
+            codes = Codes(codes, torch.zeros_like(codes))
+        codes = codes.checked()
+        options: Any = {"seed": seed, "report": report, "max_iter": max_iter, "tol": tol}
+        if components == AUTO:
+            return cls._fit_best(codes, options)
+        if not isinstance(components, int) or components < 1:
             raise ValueError(
-                f"codes must be (n, d) with n of at least {max(components, 2)}, "
-                f"got {tuple(codes.shape)}; use fewer components or more data"
+                f"components must be a whole number of at least 1, or auto, got {components!r}"
             )
-        if not codes.isfinite().all():
-            raise ValueError("codes must be finite; the encoder returned NaN or infinity")
-        found = Fit(components, max_iter=max_iter, tol=tol, random_state=seed).fit(
-            codes.double().cpu().numpy()
+        if len(codes.loc) < components:
+            raise ValueError(
+                f"codes must be at least {components}, one for each component, got "
+                f"{len(codes.loc)}; use fewer components or more data"
+            )
+        parts, iterations, bound = expectation_maximisation(
+            codes, components, seed=seed, max_iter=max_iter, tol=tol
         )
-        report(found.n_iter_, {"log_prob": float(found.lower_bound_)})
-        mixture = cls(components, codes.shape[1])
-        covariances = torch.from_numpy(found.covariances_)
-        mixture.set(
-            torch.from_numpy(found.weights_).log(),
-            torch.from_numpy(found.means_),
-            torch.linalg.cholesky(covariances),
-        )
-        return mixture.to(codes.device)
+        report(iterations, {"log_prob": bound})
+        mixture = cls(components, codes.latent_size).to(codes.loc.device)
+        mixture.set(*parts)
+        return mixture
+
+    @classmethod
+    def _fit_best(cls, codes: Codes, options: dict[str, Any]) -> "GaussianMixture":
+        """The mixture of the number of components that held-out codes are most likely under."""
+        rest, held = codes.split(HELDOUT, seed=options["seed"])
+        z = held.each(generator=stream(options["seed"], "mixture sizes", 0, held.loc.device))
+        best, likeliest = None, -math.inf
+        for size in SIZES:
+            if best is not None and size > len(rest.loc):
+                break
+            mixture = cls.fit(rest, size, **options)
+            likelihood = float(mixture.log_prob(z).mean())
+            if best is not None and not likelihood > likeliest:
+                break
+            best, likeliest = mixture, likelihood
+        assert best is not None
+        return best
 
     def set(self, log_weights: Tensor, means: Tensor, cholesky: Tensor) -> None:
         """Put in weights (m,), means (m, d) and Cholesky factors (m, d, d)."""
@@ -109,14 +134,19 @@ class GaussianMixture(nn.Module):
     def log_prob(self, value: Tensor) -> Tensor:
         """Normalised log-density in nats of z (..., d), shape (...)."""
         flat = value.reshape(-1, value.shape[-1])
+        rows = max(1, NUMBERS_AT_ONCE // self.means.numel())
+        parts = [self._log_prob(part) for part in flat.split(rows)]
+        return torch.cat(parts).view(value.shape[:-1])
+
+    def _log_prob(self, z: Tensor) -> Tensor:
         offset = torch.einsum("mij,mj->mi", self.precision, self.means)[:, None]
         standard = torch.baddbmm(  # (m, n, d)
-            offset, flat.expand(len(self.means), -1, -1), self.precision.mT, beta=-1
+            offset, z.expand(len(self.means), -1, -1), self.precision.mT, beta=-1
         )
         log_det = self.cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
-        constant = self.log_weights - log_det - 0.5 * value.shape[-1] * LOG_2_PI
+        constant = self.log_weights - log_det - 0.5 * z.shape[-1] * LOG_2_PI
         per_component = constant[:, None] - 0.5 * standard.square().sum(-1)  # (m, n)
-        return per_component.logsumexp(0).view(value.shape[:-1])
+        return per_component.logsumexp(0)
 
     @torch.no_grad()
     def sample(

@@ -30,14 +30,23 @@ def check_base(base: Density | str | None, vae: Any) -> None:
 
 
 def named_base(
-    name: str, vae: Any, data: Any, rows: Tensor, *, seed: int, device: torch.device | str
+    name: str,
+    vae: Any,
+    data: Any,
+    rows: Tensor,
+    *,
+    seed: int,
+    device: torch.device | str,
+    progress: bool = False,
 ) -> Density | None:
     """The density of that name, fitted to the images in `rows`; None for the VAE's own prior."""
     if name == "gaussian":
         return None
     starts = data.batch(rows[:STARTS], generator=stream(seed, "base starts"))
     codes = codes_of(vae, data, rows, generator=stream(seed, "base images"), device=device)
-    density: Density = fit_density(name, codes, vae=vae, images=starts.to(device), seed=seed)
+    with progress_bar(f"fitting the base, {name}", 1, shown=progress) as bar:
+        density: Density = fit_density(name, codes, vae=vae, images=starts.to(device), seed=seed)
+        bar(1)
     return density
 
 

@@ -93,11 +93,6 @@ def default_preset(images: int, latent_maps: bool) -> str:
     return "small" if images < SMALL_DATA else "large"
 
 
-def components_for(images: int) -> int:
-    """Components of a Gaussian mixture to put a ratio on, for so many images."""
-    return 10 if images < SMALL_DATA else 100
-
-
 def fit_settings(
     preset: str, network_options: dict[str, Any] | None, **given: Any
 ) -> dict[str, Any]:

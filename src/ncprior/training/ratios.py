@@ -76,7 +76,7 @@ def fit_prior(
         rows: Rows whose aggregate posterior is q(z), usually the VAE's training images; all by
             default.
         base: None or "gaussian" for the VAE's own prior; another name that `parse_name` knows, such
-            as "mixture" (10 Gaussians) or "mixture-100", for that prior fitted to the same images;
+            as "mixture" (10 Gaussians) or "mixture-auto", for that prior fitted to the same images;
             or any density. One latent group only. From bases that are slow to draw from (diffusion,
             snis, ebm) the steps see a table of 50,000 draws that is made first.
         groups: Latent groups to fit, all by default; the others keep their base prior. They are
@@ -154,7 +154,9 @@ def fit_prior(
     vae_fingerprint = fingerprint(vae)
     with evaluating(vae.to(device_)):
         if isinstance(base, str):
-            base = named_base(base, vae, data, rows_fit, seed=seed, device=device_)
+            base = named_base(
+                base, vae, data, rows_fit, seed=seed, device=device_, progress=progress
+            )
         vae = vae if base is None else vae.with_prior(base)
         held = HeldOut(vae, data, rows_heldout, wanted, seed=seed, device=device_)
         ratios = new_ratios(settings, held, seed)
