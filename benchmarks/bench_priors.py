@@ -24,7 +24,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 NAMES = ["-".join(parts) for parts in product(
     ("mnist", "fashion"), ("mlp", "conv"), ("16", "64"), ("bernoulli", "gaussian")
 )]  # fmt: skip
-COMPARED = [*PRIORS, "mixture-100", "ncp", "ncp-mixture", "ncp-mixture-100"]
+COMPARED = [*PRIORS, "mixture-auto", "ncp", "ncp-mixture", "ncp-mixture-auto"]
 SAMPLES, IMAGES = 2000, 500
 
 

@@ -192,7 +192,8 @@ def _proposals(
     return (
         f"About {needed:,} for {ENOUGH_PROPOSALS} effective ones{of}: {100 * share:.2g} % count on "
         f"average. The pools of {pool:,} hold {ess.value:.1f}, so that SIR may shift any "
-        f"probability by up to {100 * off:.0f} %; this falls as one over the number of proposals."
+        f"probability by up to {max(1, round(100 * off))} %; this falls as one over the number "
+        "of proposals."
     )
 
 

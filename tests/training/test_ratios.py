@@ -234,7 +234,7 @@ def test_presets(preset, rng):
         ({"heldout": 0.0}, "heldout = 0.0 of 50 images"),
         ({"heldout": 0.99}, "heldout = 0.99 of 50 images"),
         ({"base": "mixture-0"}, "base must be one of .* mixture-N .*, got 'mixture-0'"),
-        ({"base": "flew"}, "base must be one of gaussian, mixture, .* or mixture-N .*, got 'flew'"),
+        ({"base": "flew"}, "base must be one of gaussian, mixture, .* mixture-N .*, got 'flew'"),
         ({"base": ncprior.GaussianMixture(1, 3)}, "event shape"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ncprior.numerics import stream
-from ncprior.priors import Codes, fit_density, parse_name
+from ncprior.priors import Codes, GaussianMixture, fit_density, parse_name
 from ncprior.training.evidence import encode
 from ncprior.training.progress import progress_bar
 from ncprior.walk import Density, evaluating
@@ -45,9 +45,11 @@ def named_base(
     starts = data.batch(rows[:STARTS], generator=stream(seed, "base starts"))
     codes = codes_of(vae, data, rows, generator=stream(seed, "base images"), device=device)
     with progress_bar(f"fitting the base, {name}", 1, shown=progress) as bar:
-        density: Density = fit_density(name, codes, vae=vae, images=starts.to(device), seed=seed)
-        bar(1)
-    return density
+        density = fit_density(name, codes, vae=vae, images=starts.to(device), seed=seed)
+        mixed = isinstance(density, GaussianMixture)
+        bar(1, {"components": len(density.means)} if mixed else None)
+    found: Density = density
+    return found
 
 
 def codes_of(
