@@ -18,7 +18,7 @@ def idx(images, kind=0x08):
 def mnist_like(tmp_path):
     train = np.random.default_rng(1).integers(0, 256, (60, 4, 3), dtype=np.uint8)
     test = np.random.default_rng(2).integers(0, 256, (7, 4, 3), dtype=np.uint8)
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(train)))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(train), mtime=0))
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(test))
     return tmp_path, np.concatenate([train, test])
 
@@ -43,7 +43,9 @@ def test_mapped_equals_memory(mnist_like, tmp_path):
 @pytest.mark.parametrize("name", ["images.gz", "images"])
 def test_single_file_is_split_at_random(tmp_path, pixels, name):
     content = idx(pixels)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (tmp_path / name).write_bytes(
+        gzip.compress(content, mtime=0) if name.endswith("gz") else content
+    )
     data, splits = load_data("idx", tmp_path / name)
     assert np.array_equal(data.images[:, 0].numpy(), pixels)
     assert [len(part) for part in splits] == [7, 1, 2]
@@ -72,14 +74,14 @@ def test_directory_without_files(tmp_path):
 
 
 GOOD = np.random.default_rng(3).integers(0, 256, (10, 4, 3), dtype=np.uint8)
-PACKED = gzip.compress(idx(GOOD))
+PACKED = gzip.compress(idx(GOOD), mtime=0)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "is an empty file"),
-        (gzip.compress(b""), "is not an idx file"),
+        (gzip.compress(b"", mtime=0), "is not an idx file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(20), "is not an idx file: it begins with"),
         (idx(np.arange(9, dtype=np.uint8)), r"got type 8 with 1 axes \(labels, perhaps\)"),
         (idx(GOOD.astype(">f4"), kind=0x0D), "got type 13"),
@@ -88,13 +90,13 @@ PACKED = gzip.compress(idx(GOOD))
         (idx(GOOD[:1]), "at least 5 images"),
         (idx(GOOD)[:-1], "cut short or damaged: 10 images of 4x3 pixels take 136 bytes"),
         (idx(GOOD) + b"x", "the file has 137"),
-        (gzip.compress(idx(GOOD)[:-1]), "must hold 120 bytes of pixels.*only 119"),
-        (gzip.compress(idx(GOOD) + b"x"), "must hold 120 bytes.*has more"),
+        (gzip.compress(idx(GOOD)[:-1], mtime=0), "must hold 120 bytes of pixels.*only 119"),
+        (gzip.compress(idx(GOOD) + b"x", mtime=0), "must hold 120 bytes.*has more"),
         (PACKED[:-20], "its gzip data has no end"),
         (PACKED[:12], "its gzip data has no end"),
         (PACKED[:-8] + bytes(8), "damaged: its gzip data is wrong"),
         (PACKED[:10] + bytes([255] * 40) + PACKED[50:], "damaged: its gzip data is wrong"),
-        (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**31, 999, 999)), "unpack to"),
+        (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**31, 999, 999), mtime=0), "unpack to"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -112,7 +114,7 @@ def test_labels_beside_the_images(mnist_like):
     train, test = [i % 10 for i in range(60)], [9, 8, 7, 6, 5, 4, 3]
     (path / "train-labels-idx1-ubyte").write_bytes(labels_idx(train))
     assert load_data("idx", path)[0].labels is None  # those of the test file are missing
-    (path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels_idx(test)))
+    (path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels_idx(test), mtime=0))
     data, _ = load_data("idx", path)
     assert data.labels.dtype == torch.int64 and data.labels.tolist() == train + test
     single, _ = load_data("idx", path / "train-images-idx3-ubyte.gz")
