@@ -96,7 +96,7 @@ def test_proposals():
     assert "About 1,000 for 10 effective ones" in found["How many proposals are needed?"]
     assert "hold 4.0" in found["How many proposals are needed?"]
     assert "up to 100 %" in found["How many proposals are needed?"]
-    assert "Draw with --proposals 1000" in found["What next?"]
+    assert "Draw with --proposals 1000, or fit on a base nearer" in found["What next?"]
 
 
 @pytest.mark.parametrize("ess", [4.0, 40.0])
@@ -107,6 +107,8 @@ def test_a_nearer_base_where_few_proposals_of_a_normal_one_count(ess):
         prior.base = base
         found = said(prior, few)["What next?"]
         assert ("--base mixture-auto --overwrite" in found) == (known and ess < 10)
+    prior.base, prior.record["base"] = ten, "mixture-auto"  # which chose ten
+    assert "--base" not in said(prior, few)["What next?"]
 
 
 def test_stages_where_a_mixture_was_not_near_enough():

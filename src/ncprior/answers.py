@@ -20,6 +20,7 @@ NEAR_LOG_Z = 0.2
 ENOUGH_PROPOSALS = 10  # effective ones: any probability is off by a tenth at most
 CONVINCING = 0.01  # p-value
 NEARLY_ALL = 0.9  # of the gap
+BEST_BASE = "mixture-auto"
 WITH_HOLE = {"mended", "improved", "unchanged", "worse", "hole", "unreliable"}
 
 
@@ -216,14 +217,14 @@ def _next(
         )
     nearer = None if findings else _nearer_base(prior)
     separated = any(g["jsd"] > SEPARATED_JSD for g in groups)
-    if separated:
+    if separated and findings:
         said.append(
             "Leave the separated groups to their base prior (--groups), or fit on a nearer base."
-            if findings
-            else f"Fit on a base nearer to the posterior: {_fit_on(nearer, run)}."
-            if nearer
-            else f"Fit in stages: ncprior fit {run} --stages adaptive --overwrite."
         )
+    elif separated and nearer:
+        said.append(f"Fit on a base nearer to the posterior: {_fit_on(nearer, run)}.")
+    elif separated:
+        said.append(f"Fit in stages: ncprior fit {run} --stages adaptive --overwrite.")
     elif not no_gap and max(map(_overfit, groups)) > OVERFIT_SHARE:
         said.append(
             "Fit again with more images, more dropout or more members: over-fitting limits the "
@@ -259,9 +260,10 @@ def _next(
 
 def _nearer_base(prior: NoiseContrastivePrior) -> str | None:
     """A mixture to fit on instead of N(0, I) or of a small one; None where that is no advice."""
-    if isinstance(prior.base, GaussianMixture):
-        return "mixture-auto" if len(prior.base.means) <= SIZES[0] else None
-    return "mixture-auto" if prior.base is None or isinstance(prior.base, StandardNormal) else None
+    plain = prior.base is None or isinstance(prior.base, StandardNormal)
+    small = isinstance(prior.base, GaussianMixture) and len(prior.base.means) <= SIZES[0]
+    chosen = prior.record.get("base") == BEST_BASE
+    return BEST_BASE if plain or (small and not chosen) else None
 
 
 def _fit_on(base: str, run: str) -> str:

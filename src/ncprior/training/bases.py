@@ -45,11 +45,12 @@ def named_base(
     starts = data.batch(rows[:STARTS], generator=stream(seed, "base starts"))
     codes = codes_of(vae, data, rows, generator=stream(seed, "base images"), device=device)
     with progress_bar(f"fitting the base, {name}", 1, shown=progress) as bar:
-        density = fit_density(name, codes, vae=vae, images=starts.to(device), seed=seed)
-        mixed = isinstance(density, GaussianMixture)
-        bar(1, {"components": len(density.means)} if mixed else None)
-    found: Density = density
-    return found
+        density: Density = fit_density(name, codes, vae=vae, images=starts.to(device), seed=seed)
+        figures = None
+        if isinstance(density, GaussianMixture):
+            figures = {"components": float(len(density.means))}
+        bar(1, figures)
+    return density
 
 
 def codes_of(

@@ -152,6 +152,7 @@ def fit_prior(
     fabric = make_fabric(device, precision, alone=True)
     device_ = fabric.device
     vae_fingerprint = fingerprint(vae)
+    named = base if isinstance(base, str) else None
     with evaluating(vae.to(device_)):
         if isinstance(base, str):
             base = named_base(
@@ -219,6 +220,7 @@ def fit_prior(
             "fitted_images": len(rows_fit),
             "heldout_images": len(rows_heldout),
             "vae": vae_fingerprint,
+            "base": named,
             "groups": [found.judged.get(k) for k in every],
         }
         draws = _log_z_draws(vae) if log_z_draws is None else log_z_draws
