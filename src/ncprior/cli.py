@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -183,9 +184,9 @@ def fit(
         **changes,
     )
     figures = held_out_figures(prior)
-    warnings = [w for group in prior.record["groups"] if group for w in group["warnings"]]
-    content = _flat(figures) | {"run": str(run), "warnings": warnings}
-    said = warnings if prior.num_groups == 1 else []  # the summary of several has its own
+    doubts = [w for group in prior.record["groups"] if group for w in group["warnings"]]
+    content = _flat(figures) | {"run": str(run), "warnings": doubts}
+    said = doubts if prior.num_groups == 1 else []  # the summary of several has its own
     missing = sorted(set(range(prior.num_groups)) - set(prior.fitted_groups))
     if missing:
         left = spell_groups(missing)
@@ -545,6 +546,7 @@ def train_feature_space(
 
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    warnings.showwarning = lambda message, *_: print(f"! {message}", file=sys.stderr)
     try:
         code = app(standalone_mode=False) or 0
     except typer.Exit as done:

@@ -59,3 +59,11 @@ def test_walk_draws_from_the_trained_prior():
     walked = walk(vae.eval(), from_prior(torch.Generator().manual_seed(1)), 5)
     expected = vae.prior.sample((5,), generator=torch.Generator().manual_seed(1))
     assert torch.equal(walked.latents[0], expected)
+
+
+def test_energy_and_encoder_do_not_run_away():
+    """At the VAE's own rate this prior's KL falls below zero and on, to minus infinity."""
+    vae, _, history = train("ebm", steps=600)
+    assert all(row["kl"] > 0 for row in history)
+    images = gaussian_images(300, torch.Generator().manual_seed(0))
+    assert vae.encode(images)[0].norm(dim=1).max() < 20

@@ -10,6 +10,7 @@ from toys import SPREAD, Reshape, gaussian_images, interrupt_at
 
 import ncprior
 from ncprior.normal import Normal
+from ncprior.training import processes
 from ncprior.training.loop import Interrupted
 from ncprior.training.regularisation import NormPenalty
 from ncprior.training.vae import Elbo, _VAEJob, kl_ramp
@@ -250,6 +251,7 @@ def test_densities_are_computed_in_single_precision(digits, monkeypatch):
     vae.encode = spied_encode
     spied(Normal, "kl")
     spied(BernoulliEmission, "log_prob")
+    monkeypatch.setattr(processes, "multiplies_bfloat16", lambda: True)
     data, splits = digits
     options = {"steps": 1, "batch_size": 1000, "precision": "bf16-mixed"}
     history = ncprior.train_vae(vae, data, splits, **options, **QUIET)

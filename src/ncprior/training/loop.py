@@ -198,7 +198,7 @@ class _Steps:
             torch.cuda.manual_seed(step_seed)
         self.generator.manual_seed(step_seed)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
         loss, figures = self.job.loss(self.model, now.step, self.generator)
         self.broken |= ~loss.detach().isfinite()
         if self.looks(now.step):
@@ -256,13 +256,30 @@ def cosine(step: int, steps: int, warmup: int = 0, end: float = 0.0) -> float:
 
 
 def _make_optimizer(name: str, module: nn.Module, *, fused: bool, **options: Any) -> Any:
+    parameters = _by_share(module)
     if name == "adamw":
-        return torch.optim.AdamW(module.parameters(), fused=fused, **options)
+        return torch.optim.AdamW(parameters, fused=fused, **options)
     if name == "adam":
-        return torch.optim.Adam(module.parameters(), fused=fused, **options)
+        return torch.optim.Adam(parameters, fused=fused, **options)
     if name == "adamax":
-        return torch.optim.Adamax(module.parameters(), foreach=True, **options)
+        return torch.optim.Adamax(parameters, foreach=True, **options)
     raise ValueError(f'optimizer must be "adamw", "adam" or "adamax", got {name!r}')
+
+
+def _by_share(module: nn.Module) -> list[dict[str, Any]]:
+    """Groups of parameters by their share of the learning rate.
+
+    It is 1, or the `learning_rate_share` of the innermost module around them that has one.
+    """
+    shares: dict[nn.Parameter, float] = dict.fromkeys(module.parameters(), 1.0)
+    for part in module.modules():  # from the outside in
+        share: Any = getattr(part, "learning_rate_share", None)
+        if share is not None:
+            shares |= dict.fromkeys(part.parameters(), share)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, own in shares.items():
+        groups.setdefault(own, []).append(parameter)
+    return [{"params": those, "share": own} for own, those in groups.items()]
 
 
 def _check(**positive: float) -> None:
