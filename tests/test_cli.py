@@ -106,8 +106,11 @@ def test_the_whole_way(capsys, recipe, tmp_path):
         assert name in found
     assert found["log_z_se"] > 0 and found["figures"]["fd_base"]["samples"] == 60
     code, text, _ = run(capsys, "evaluate", out, "--metrics", "nll", "--images", 5,
-                        "--importance-samples", 3, "--log-z-draws", 100, "--json")  # fmt: skip
+                        "--importance-samples", 3, "--log-z-draws", 100,
+                        "--log-z-methods", "base,bridge", "--json")  # fmt: skip
     assert code == 0 and "nll_ncp" in json.loads(text)
+    ways = {name for name in json.loads(text)["figures"] if name.startswith("log_z_")}
+    assert ways == {"log_z_base", "log_z_bridge"}
     code, text, _ = run(capsys, "report", out, "--json")
     assert code == 0 and (out / "report.html").stat().st_size > 10_000
     splits = np.load(out / "splits.npz")

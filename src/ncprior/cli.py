@@ -372,6 +372,10 @@ def evaluate(
     images: Annotated[int, typer.Option(min=2, help="Test images for nll.")] = 1000,
     importance_samples: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 200,
     log_z_draws: Annotated[int, typer.Option(min=2, help="Base draws for log Z.")] = 2_000_000,
+    log_z_methods: Annotated[
+        str | None,
+        typer.Option(help="Of base, ais, bridge; all for one latent group, base for several."),
+    ] = None,
     features: Features = None,
     classifier: Annotated[
         str | None, typer.Option(help="What tells classes, for modes; the features by default.")
@@ -398,6 +402,7 @@ def evaluate(
         images=images,
         importance_samples=importance_samples,
         log_z_draws=log_z_draws,
+        log_z_methods=_names(log_z_methods) if log_z_methods else None,
         features=features,
         classifier=classifier,
         seed=seed,

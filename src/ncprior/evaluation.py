@@ -61,6 +61,7 @@ def evaluate(
     images: int = 1000,
     importance_samples: int = 200,
     log_z_draws: int = 2_000_000,
+    log_z_methods: Sequence[str] | None = None,
     features: Spec | None = None,
     classifier: Spec | None = None,
     seed: int = 0,
@@ -85,6 +86,8 @@ def evaluate(
         images: Test images for the likelihood.
         importance_samples: Posterior draws for each of them.
         log_z_draws: Base draws for log Z.
+        log_z_methods: How to estimate it: some of "base", "ais" and "bridge". By default all three
+            for one latent group, and "base" for several, where a chain takes minutes.
         features: Feature space of the sample measures; see `load_features`.
         classifier: What tells classes, for "modes"; `features` if these do.
         seed: Seed of all that is drawn.
@@ -127,6 +130,7 @@ def evaluate(
             "images": images,
             "importance_samples": importance_samples,
             "log_z_draws": log_z_draws,
+            "log_z_methods": log_z_methods,
         }
 
         def likelihood() -> tuple[Figures, list[str]]:
