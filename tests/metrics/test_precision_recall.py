@@ -111,3 +111,12 @@ def test_dropping_half_of_the_law_shows_in_recall_and_coverage(rng):
 def test_rejects(real, samples, options, message):
     with pytest.raises(ValueError, match=message):
         prdc(real, samples, **options)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_equal_rows_are_found_in_spite_of_rounding(seed):
+    """Their distances come from products and are not always 0."""
+    rng = torch.Generator().manual_seed(seed)
+    samples = torch.cat([torch.zeros(15, 2), torch.rand(5, 2, generator=rng)])
+    with pytest.raises(ValueError, match="samples must differ from row to row"):
+        prdc(torch.rand(20, 2, generator=rng), samples)

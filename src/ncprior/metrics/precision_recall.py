@@ -62,8 +62,9 @@ def prdc(real: Tensor, samples: Tensor, *, k: int = 5, blocks: int = BLOCKS) -> 
     centre = real.double().mean(0)  # nothing cancels then that should not
     x, y = real.double() - centre, samples.double() - centre
     radii_x, radii_y = _radii(x, k, blocks), _radii(y, k, blocks)  # (1 + blocks, n), (.., m)
-    for radii, name in ((radii_x, "real"), (radii_y, "samples")):
-        if (radii[0] <= 0).double().mean() > 0.5:
+    for points, radii, name in ((x, radii_x, "real"), (y, radii_y, "samples")):
+        rounding = 1e-12 * points.square().sum(1).max()  # of squared distances of equal rows
+        if (radii[0] <= rounding).double().mean() > 0.5:
             raise ValueError(
                 f"{name} must differ from row to row: {k} neighbours of most rows are the same"
             )
