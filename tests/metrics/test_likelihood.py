@@ -183,6 +183,17 @@ def test_copies_of_binary_images(grey, rng):
     torch.testing.assert_close(emission.log_prob_of_copies(images), expected)
 
 
+@pytest.mark.parametrize("side", [1, 3, 7, 16])
+def test_copies_of_images_of_any_size(side, rng):
+    """Odd widths end the products early; the largest logits leave them neither 0 nor infinite."""
+    logits = 500 * torch.randn(8, 2, side, side, generator=rng)
+    logits[0] = 0
+    images = (torch.rand(2, 2, side, side, generator=rng) < 0.5).float()
+    found = BernoulliEmission(logits).log_prob_of_copies(images)
+    expected = BernoulliEmission(logits.double()).log_prob(images.double().repeat(4, 1, 1, 1))
+    torch.testing.assert_close(found.double(), expected.view(4, 2), rtol=1e-5, atol=1e-4)
+
+
 def test_single_precision_loses_little(rng):
     """At the largest logits that an MNIST decoder gives: sums of 784 terms of up to 20."""
     logits = (10 * torch.randn(50, 1, 28, 28, generator=rng)).clamp(-20, 20)

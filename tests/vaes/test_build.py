@@ -5,6 +5,7 @@ import torch
 
 import ncprior
 from ncprior.vaes import PRESETS
+from ncprior.vaes.networks import ACTIVATIONS
 from ncprior.vaes.nvae import PRESETS as NVAE_PRESETS
 from ncprior.walk import from_posterior, walk
 
@@ -163,3 +164,13 @@ def test_arguments(options, message):
 def test_misspelt_option():
     with pytest.raises(TypeError, match="latentsize"):
         ncprior.build_vae((1, 8, 8), latentsize=3)
+
+
+def test_tanh_without_a_graph_is_tanh(rng):
+    x = torch.cat([8 * torch.randn(1000, generator=rng), torch.tensor([0.0, -100, 100])])
+    with torch.no_grad():
+        found = ACTIVATIONS["tanh"]()(x.clone())
+    torch.testing.assert_close(found, x.tanh(), rtol=0, atol=2e-7)
+    with_graph = x.clone().requires_grad_()
+    ACTIVATIONS["tanh"]()(with_graph).sum().backward()
+    torch.testing.assert_close(with_graph.grad, 1 - x.tanh().square())

@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 from ncprior.metrics.importance import Weights, WeightSums
 from ncprior.walk import Group, device_of, from_prior, walk
 
-CACHED_NUMBERS = 1 << 17
-"""Numbers of the decoder's output at which a CPU is fastest: they stay in a core's cache."""
+CACHED_NUMBERS = 1 << 18
+"""Numbers of the decoder's output at which a CPU is fastest: few calls, all in its cache."""
 
 
 class Bounds(NamedTuple):

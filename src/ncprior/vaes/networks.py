@@ -9,8 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+class Tanh(nn.Module):
+    """tanh, and without a graph 2 sigmoid(2x) - 1 in place, which a CPU does in half the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return x.tanh()
+        return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
+    "tanh": Tanh,
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
