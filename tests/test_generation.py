@@ -7,7 +7,10 @@ import torch
 from toys import ExactFlat, TwoGroups, standard_normal
 
 import ncprior
+from ncprior.generation import pool_sizes
+from ncprior.numerics import LogZ
 from ncprior.ratios import ResidualRatio
+from ncprior.samplers.sir import enough_proposals
 
 
 class Tilt(torch.nn.Module):
@@ -98,12 +101,43 @@ def test_ess_is_that_of_the_pool():
     assert float(ess.mean() / 2000) == pytest.approx(math.exp(-2 * 0.36), rel=0.05)
 
 
+def test_pools_choose_their_size():
+    """From the ESS share that the fit knows, or by a pilot, where 1 / share = exp(2 a^2)."""
+    a, vae = 0.6, ExactFlat()
+    exact = enough_proposals(math.expm1(2 * a**2))
+    assert pool_sizes(vae, tilted()) == (exact,) == (32,)
+    known = ncprior.NoiseContrastivePrior(
+        [Tilt(a)], standard_normal(2), log_z=LogZ(a**2, 0.01, 10.0, 1000, 0.1)
+    )
+    assert pool_sizes(vae, known) == (enough_proposals(99.0),) == (2048,)
+    cooler = pool_sizes(vae, known, temperature=0.5)  # the pilot again: exp(2 a^2 T^2)
+    assert cooler == (enough_proposals(math.expm1(2 * a**2 / 4)),) == (16,)
+
+    chosen = ncprior.draw(vae, tilted(), 7, batch_size=3, seed=4)
+    given = ncprior.draw(vae, tilted(), 7, proposals=exact, seed=4)
+    assert torch.equal(chosen.latents[0], given.latents[0])
+    assert torch.equal(chosen.ess, given.ess) and (chosen.ess <= exact).all()
+
+
+def test_pools_of_groups_choose_their_sizes():
+    """Half of the nats for each of two groups; none where there is no ratio."""
+    vae = TwoGroups()
+    prior = ncprior.NoiseContrastivePrior([Tilt(0.1), Tilt(0.9)])
+    first, second = pool_sizes(vae, prior)
+    assert first == 16 and second == enough_proposals(math.expm1(3 * 0.81), 0.025) == 512
+    assert pool_sizes(vae, prior.only([1])) == (1, 256)
+    found = ncprior.draw(vae, prior, 20)
+    assert (found.ess[0] <= 16).all() and (found.ess[1] > 16).any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"sampler": "hmc"}, "sampler must be one of sir, langevin, annealed, got 'hmc'"),
         ({"num": 0}, "num must be positive, got 0"),
-        ({"proposals": 0}, "proposals must be positive"),
+        ({"proposals": 0}, 'proposals must be "auto", a positive number or 1 of them'),
+        ({"proposals": "many"}, "proposals must be .* got 'many'"),
+        ({"proposals": [4, 4]}, "proposals must be .* 1 of them"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": math.nan}, "temperature must be positive"),
         ({"batch_size": 0}, "batch_size must be positive"),

@@ -12,6 +12,7 @@ from ncprior.normal import StandardNormal
 from ncprior.priors import GaussianMixture, NoiseContrastivePrior
 from ncprior.priors.mixture import SIZES
 from ncprior.ratios.nce import LOG_2
+from ncprior.samplers.sir import LARGEST, enough_proposals
 from ncprior.tail import DOUBTFUL, UNRELIABLE
 from ncprior.training.verdict import OVERFIT_SHARE, SEPARATED_JSD
 
@@ -194,8 +195,16 @@ def _proposals(
         f"About {needed:,} for {ENOUGH_PROPOSALS} effective ones{of}: {100 * share:.2g} % count on "
         f"average. The pools of {pool:,} hold {ess.value:.1f}, so that SIR may shift any "
         f"probability by up to {max(1, round(100 * off))} %; this falls as one over the number "
-        "of proposals."
+        f"of proposals.{_chosen(prior)}"
     )
+
+
+def _chosen(prior: NoiseContrastivePrior) -> str:
+    """What `--proposals auto` comes to, where the fit knows."""
+    share = _lasting_share(prior)
+    if share is None:
+        return ""
+    return f" 'ncprior sample' takes {enough_proposals(1 / share - 1):,} (--proposals auto)."
 
 
 def _next(
@@ -241,13 +250,16 @@ def _next(
         pool = effective.value / figures["ess_share"].value
         share = min(figures["ess_share"].value, _lasting_share(prior) or 1.0)
         more = _rounded_up(max(ENOUGH_PROPOSALS / share, pool))
-        instead = ""
+        ways = []
+        if more > LARGEST:
+            ways.append(f"draw with --proposals {more}")
         if nearer and not separated:
-            instead = (
-                ", or fit on a base nearer to the posterior, of whose draws more count: "
+            ways.append(
+                "fit on a base nearer to the posterior, of whose draws more count: "
                 f"{_fit_on(nearer, run)}"
             )
-        said.append(f"Draw with --proposals {more}{instead}.")
+        if ways:
+            said.append(f"Few proposals count: {', or '.join(ways)}.")
     closed = figures.get("gap_closed")
     if closed is not None and not no_gap and closed.value + 2 * (closed.se or 0) < 0:
         said.append("Do not use this prior: its samples are further from the data than the base's.")

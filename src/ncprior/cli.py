@@ -66,7 +66,9 @@ Resume = Annotated[bool, typer.Option(help="Go on where a stopped run was.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
-Proposals = Annotated[int, typer.Option(min=1, help="SIR's pool for each draw.")]
+Proposals = Annotated[
+    str, typer.Option(metavar="auto|N", help="SIR's pool for each draw; auto: as few as do.")
+]
 Groups = Annotated[
     str | None, typer.Option(help="Latent groups that use the NCP, such as 0-4,7; all by default.")
 ]
@@ -275,7 +277,7 @@ def sample(
     energy: Annotated[bool, typer.Option(help="With the energy that was fitted on it.")] = False,
     sampler: Annotated[Sampler, typer.Option(help="How to draw from the NCP.")] = Sampler.sir,
     groups: Groups = None,
-    proposals: Proposals = 5000,
+    proposals: Proposals = "auto",
     temperature: Annotated[float, typer.Option(help="Factor on the base's deviation.")] = 1.0,
     batch_norm_passes: Annotated[
         int,
@@ -302,7 +304,7 @@ def sample(
         energy=energy,
         sampler=sampler.value,
         groups=groups,
-        proposals=proposals,
+        proposals=_pool(proposals),
         temperature=temperature,
         batch_norm_passes=batch_norm_passes,
         bfloat16=bfloat16,
@@ -368,7 +370,7 @@ def evaluate(
     ] = "fd,nll",
     samples: Annotated[int, typer.Option(min=40, help="Images from each prior.")] = 10_000,
     sampler: Annotated[Sampler, typer.Option(help="How to draw from the NCP.")] = Sampler.sir,
-    proposals: Proposals = 1000,
+    proposals: Proposals = "auto",
     images: Annotated[int, typer.Option(min=2, help="Test images for nll.")] = 1000,
     importance_samples: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 200,
     log_z_draws: Annotated[int, typer.Option(min=2, help="Base draws for log Z.")] = 2_000_000,
@@ -398,7 +400,7 @@ def evaluate(
         metrics=_names(metrics),
         samples=samples,
         sampler=sampler.value,
-        proposals=proposals,
+        proposals=_pool(proposals),
         images=images,
         importance_samples=importance_samples,
         log_z_draws=log_z_draws,
@@ -429,7 +431,7 @@ def compare(
         str, typer.Option(help="Comma-separated: nll, fd, fd_infinity, kid, prdc, near, modes.")
     ] = "nll,fd,kid,prdc",
     samples: Annotated[int, typer.Option(min=40, help="Images from each prior.")] = 10_000,
-    proposals: Proposals = 1000,
+    proposals: Proposals = "auto",
     images: Annotated[int, typer.Option(min=2, help="Test images for nll.")] = 1000,
     importance_samples: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 100,
     slow_nll: Annotated[
@@ -449,7 +451,7 @@ def compare(
         seeds=seeds,
         metrics=_names(metrics),
         samples=samples,
-        proposals=proposals,
+        proposals=_pool(proposals),
         images=images,
         importance_samples=importance_samples,
         slow_nll=slow_nll,
@@ -588,6 +590,13 @@ def _flat(figures: Any) -> dict[str, float]:
     values = {name: figure.value for name, figure in figures.items()}
     errors = {f"{name}_se": f.se for name, f in figures.items() if f.se is not None}
     return values | errors
+
+
+def _pool(text: str) -> int | str:
+    """Of --proposals."""
+    if text == "auto" or (text.isdecimal() and int(text) > 0):
+        return text if text == "auto" else int(text)
+    raise ValueError(f"--proposals must be auto or a positive number, got {text!r}")
 
 
 def _names(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.figures import Figures, as_json, from_json
+from ncprior.generation import AUTO, Pool
 from ncprior.nll_figures import measure_nll
 from ncprior.numerics import stream
 from ncprior.priors import PRIORS, Codes, NoiseContrastivePrior, fit_density, parse_name
@@ -50,7 +51,7 @@ def compare(
     priors: Sequence[str] = ("gaussian", "mixture", "ncp"),
     seeds: int = 5,
     samples: int = 10_000,
-    proposals: int = 1000,
+    proposals: Pool = AUTO,
     metrics: Sequence[str] = ("nll", "fd", "kid", "prdc"),
     images: int = 1000,
     importance_samples: int = 100,
@@ -72,7 +73,7 @@ def compare(
             as "ncp-mixture-100".
         seeds: Seeds 0 up to this; each fits and samples anew.
         samples: Images drawn from each prior and from the aggregate posterior.
-        proposals: SIR's pool for noise contrastive priors.
+        proposals: SIR's pool for noise contrastive priors, or "auto"; see `draw`.
         metrics: "nll" and what `quality_figures` takes.
         images: Test images for the NLL.
         importance_samples: Posterior draws for each, the same for all priors.
@@ -325,7 +326,7 @@ def load_fitted(
 def _samples(
     sources: dict[str, Source],
     samples: int,
-    proposals: int,
+    proposals: Pool,
     seed: int,
     kept: Kept,
     progress: bool,

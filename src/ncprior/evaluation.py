@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.figures import Figure, Figures, as_json, as_text, from_json, table
-from ncprior.generation import Draws
+from ncprior.generation import AUTO, Draws, Pool
 from ncprior.latent_figures import latent_figures
 from ncprior.nll_figures import check_has_likelihood, measure_nll
 from ncprior.priors import NoiseContrastivePrior
@@ -57,7 +57,7 @@ def evaluate(
     priors: Mapping[str, Any] | None = None,
     metrics: Sequence[str] = ("fd", "nll"),
     samples: int = 10_000,
-    proposals: int = 1000,
+    proposals: Pool = AUTO,
     images: int = 1000,
     importance_samples: int = 200,
     log_z_draws: int = 2_000_000,
@@ -82,7 +82,7 @@ def evaluate(
         metrics: "nll" (see `measure_nll`); "fd", "fd_infinity", "kid", "prdc", "near", "modes" (see
             `quality_figures`); "mmd", "c2st", "swd" (see `latent_figures`).
         samples: Images drawn from each prior and from the aggregate posterior.
-        proposals: SIR's pool.
+        proposals: SIR's pool, or "auto"; see `draw`.
         images: Test images for the likelihood.
         importance_samples: Posterior draws for each of them.
         log_z_draws: Base draws for log Z.

@@ -13,9 +13,14 @@ from ncprior.priors import NoiseContrastivePrior
 from ncprior.readjustment import readjusted
 from ncprior.samplers import annealed, langevin, sir
 from ncprior.samplers.annealed import MOVES, PARTICLES
-from ncprior.samplers.sir import block_for
+from ncprior.samplers.sir import NATS, block_for, enough_proposals
 from ncprior.training.progress import progress_bar
 from ncprior.walk import Choose, Group, device_of, evaluating, walk
+
+AUTO = "auto"
+PILOT_DRAWS, PILOT_PROPOSALS = 16, 500
+
+Pool = int | str | Sequence[int]
 
 
 class Draws(NamedTuple):
@@ -39,7 +44,7 @@ def draw(
     *,
     sampler: str = "sir",
     groups: str | Sequence[int] | None = None,
-    proposals: int = 5000,
+    proposals: Pool = AUTO,
     temperature: float = 1.0,
     batch_norm_passes: int = 0,
     steps: int = 500,
@@ -66,7 +71,9 @@ def draw(
         groups: Latent groups that use the NCP, such as "0-4" or [0, 1]; all that were fitted by
             default. The top ones matter most (section 5.4 of the paper), and the last may be
             unreliable.
-        proposals: SIR's pool for each draw.
+        proposals: SIR's pool for each draw, or one size for each group. "auto" takes as few as
+            keep the law of the latents within 0.05 nats of the NCP's, at most 5,000 a group (see
+            `pool_sizes`).
         temperature: Factor on the standard deviation of the base prior.
         batch_norm_passes: Batches of base samples at `temperature` from which a copy of the VAE
             takes new batch-norm statistics (500 in NVAE); 0 leaves them. Not for reconstructions.
@@ -88,8 +95,10 @@ def draw(
     Raises:
         ValueError: an argument out of range, an unknown sampler, or a prior for another VAE.
     """
-    _check(num=num, proposals=proposals, temperature=temperature, batch_size=batch_size)
+    _check(num=num, temperature=temperature, batch_size=batch_size)
     _check(particles=particles, moves=moves)
+    if proposals != AUTO:
+        proposals = _pools(proposals, vae.num_groups)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if images is not None and len(images) == 0:
@@ -100,6 +109,10 @@ def draw(
         prior = prior.in_bfloat16() if bfloat16 and sampler == "sir" else prior
     if batch_norm_passes and images is None:
         vae = readjusted(vae, batch_norm_passes, temperature=temperature, seed=seed)
+    if proposals == AUTO:
+        proposals = ()
+        if prior is not None and images is None and sampler == "sir":
+            proposals = pool_sizes(vae, prior, temperature=temperature)
     device = device_of(vae)
     options: dict[str, Any] = {
         "proposals": proposals,
@@ -124,6 +137,45 @@ def draw(
         [torch.cat([b.latents[k] for b in batches]) for k in groups],
         torch.cat([b.ess for b in batches], 1),
     )
+
+
+@torch.no_grad()
+def pool_sizes(
+    vae: Any, prior: NoiseContrastivePrior, *, temperature: float = 1.0
+) -> tuple[int, ...]:
+    """How many proposals SIR needs in each latent group, (K,), by `enough_proposals`.
+
+    The 0.05 nats are shared evenly among the fitted groups. What share of proposals counts is known
+    from the fit where there is one group; elsewhere 16 draws from pools of 500 tell, whose seed is
+    fixed, so that draws depend on theirs alone.
+
+    Args:
+        vae: A VAE on the prior's base.
+        prior: The noise contrastive prior.
+        temperature: Factor on the standard deviation of the base prior.
+    """
+    vae, known = prior.under(vae), prior.log_z
+    if vae.num_groups == 1 and temperature == 1 and known is not None:
+        chi_squared = [known.num / known.ess - 1]
+    else:
+        pilot = draw(vae, prior, PILOT_DRAWS, proposals=PILOT_PROPOSALS, temperature=temperature)
+        chi_squared = (PILOT_PROPOSALS / pilot.ess - 1).mean(1).clamp_min(0).tolist()
+    nats = NATS / max(1, len(prior.fitted_groups))
+    return tuple(
+        enough_proposals(of_group, nats) if k in prior.fitted_groups else 1
+        for k, of_group in enumerate(chi_squared)
+    )
+
+
+def _pools(proposals: Pool, groups: int) -> tuple[int, ...]:
+    """A size for each group."""
+    sizes = (proposals,) * groups if isinstance(proposals, int) else proposals
+    if isinstance(sizes, str) or len(sizes) != groups or min(sizes) < 1:
+        raise ValueError(
+            f'proposals must be "auto", a positive number or {groups} of them (one a latent '
+            f"group), got {proposals!r}"
+        )
+    return tuple(sizes)
 
 
 class _Streams(list[Generator]):
@@ -196,7 +248,7 @@ def _by_sir(
     temperature: float,
     ess: list[Tensor],
     *,
-    proposals: int,
+    proposals: Sequence[int],
     chunk: int | None,
     **_: Any,
 ) -> Choose:
@@ -211,7 +263,7 @@ def _by_sir(
             lambda i, m, generator: rows.row(i).sample((m,), generator=generator),
             prior.weigher(k, group),
             len(generators),
-            proposals,
+            proposals[k],
             generator=generators,
             chunk=chunk or prior.chunk(k),
             block=block_for(rows.event_shape),

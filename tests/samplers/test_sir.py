@@ -11,6 +11,7 @@ from scipy import stats
 
 from ncprior.numerics import effective_sample_size, log_mean_exp
 from ncprior.samplers import sir
+from ncprior.samplers.sir import enough_proposals
 
 module = importlib.import_module("ncprior.samplers.sir")  # its name is also the function's
 
@@ -114,6 +115,33 @@ def test_law_by_enumeration(block, monkeypatch, rng):
     counts = torch.bincount(picks.long(), minlength=5)
     # One seed in 10,000 fails by chance.
     assert stats.chisquare(counts, n * law).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 6])
+def test_bound_of_the_error_by_enumeration(m):
+    """KL(r p / Z || law of a pick) <= log(1 + chi^2 / m); for many proposals it falls as m^-2."""
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
+    r = torch.tensor([3.0, 0.2, 1.0, 0.5], dtype=torch.float64)
+    law = torch.zeros(4, dtype=torch.float64)
+    for pool in map(torch.tensor, itertools.product(range(4), repeat=m)):
+        law.index_add_(0, pool, p[pool].prod() * r[pool] / r[pool].sum())
+    target = r * p / (r * p).sum()
+    apart = float((target * (target / law).log()).sum())
+    chi_squared = float((p * r**2).sum() / (p * r).sum() ** 2 - 1)
+    bound = math.log1p(chi_squared / m)
+    assert 0.5 / (m + 1) * bound < apart <= bound
+
+
+def test_enough_proposals():
+    assert enough_proposals(0.0) == 16 and enough_proposals(math.inf) == 5000
+    for chi_squared in (1.0, 7.3, 80.0):
+        m = enough_proposals(chi_squared)
+        assert math.log1p(chi_squared / m) <= 0.05 < math.log1p(chi_squared / (m / 2)) or m == 16
+        assert enough_proposals(chi_squared, 0.025) >= m
+    assert enough_proposals(1e4) == 5000
+    for wrong in ({"chi_squared": -0.1}, {"chi_squared": math.nan}, {"chi_squared": 1, "nats": 0}):
+        with pytest.raises(ValueError, match="chi_squared must be at least 0"):
+            enough_proposals(**wrong)
 
 
 @pytest.mark.parametrize("block", [1, 3, 16, 1024])

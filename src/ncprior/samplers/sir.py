@@ -10,6 +10,37 @@ from torch import Generator, Tensor
 BLOCK = 1024
 """Proposals asked for at a time. It is part of what is drawn, which `chunk` never is."""
 BLOCK_NUMBERS = 1 << 20
+NATS = 0.05
+"""By how much the law of picks may differ from the target where the pool chooses its size."""
+SMALLEST, LARGEST = 16, 5000
+
+
+def enough_proposals(chi_squared: float, nats: float = NATS) -> int:
+    """The smallest power of two for which picks follow r p / Z to within `nats`; 16 to 5,000.
+
+    The law p_m of a pick from m proposals has p_m = E[r p / mean of the pool's m ratios], where one
+    of them is r itself and the others average to Z. Since 1 / x is convex,
+
+        KL(r p / Z || p_m) <= log(1 + chi^2 / m),    1 + chi^2 = E_p[(r / Z)^2],
+
+    and 1 / (1 + chi^2) is the share of proposals that count. A power of two, so that an estimate of
+    chi^2 that is off a little gives the same size.
+
+    Args:
+        chi_squared: E_p[(r / Z)^2] - 1, at least 0; infinite gives the largest pool.
+        nats: Bound on the Kullback-Leibler divergence.
+
+    Raises:
+        ValueError: chi_squared below 0 or NaN, or nats not positive.
+    """
+    if not (chi_squared >= 0 and nats > 0):
+        raise ValueError(
+            f"chi_squared must be at least 0 and nats positive, got {chi_squared} and {nats}"
+        )
+    needed = chi_squared / math.expm1(nats)
+    if needed >= LARGEST:
+        return LARGEST
+    return min(LARGEST, 2 ** math.ceil(math.log2(max(SMALLEST, needed))))
 
 
 def block_for(event_shape: Sequence[int]) -> int:
