@@ -72,7 +72,7 @@ def draw(
             default. The top ones matter most (section 5.4 of the paper), and the last may be
             unreliable.
         proposals: SIR's pool for each draw, or one size for each group. "auto" takes as few as
-            keep the law of the latents within 0.05 nats of the NCP's, at most 5,000 a group (see
+            keep the law of the latents within 0.1 nats of the NCP's, at most 5,000 a group (see
             `pool_sizes`).
         temperature: Factor on the standard deviation of the base prior.
         batch_norm_passes: Batches of base samples at `temperature` from which a copy of the VAE
@@ -145,7 +145,7 @@ def pool_sizes(
 ) -> tuple[int, ...]:
     """How many proposals SIR needs in each latent group, (K,), by `enough_proposals`.
 
-    The 0.05 nats are shared evenly among the fitted groups. What share of proposals counts is known
+    The 0.1 nats are shared evenly among the fitted groups. What share of proposals counts is known
     from the fit where there is one group; elsewhere 16 draws from pools of 500 tell, whose seed is
     fixed, so that draws depend on theirs alone.
 

@@ -10,8 +10,9 @@ from torch import Generator, Tensor
 BLOCK = 1024
 """Proposals asked for at a time. It is part of what is drawn, which `chunk` never is."""
 BLOCK_NUMBERS = 1 << 20
-NATS = 0.05
-"""By how much the law of picks may differ from the target where the pool chooses its size."""
+NATS = 0.1
+"""By how much the law of picks may differ from the target where the pool chooses its size: to first
+order any probability is off by a tenth at most, as with ten effective proposals."""
 SMALLEST, LARGEST = 16, 5000
 
 
