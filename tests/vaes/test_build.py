@@ -170,7 +170,9 @@ def test_tanh_without_a_graph_is_tanh(rng):
     x = torch.cat([8 * torch.randn(1000, generator=rng), torch.tensor([0.0, -100, 100])])
     with torch.no_grad():
         found = ACTIVATIONS["tanh"]()(x.clone())
+        half = ACTIVATIONS["tanh"]()(x.bfloat16())
     torch.testing.assert_close(found, x.tanh(), rtol=0, atol=2e-7)
+    torch.testing.assert_close(half, x.bfloat16().tanh(), rtol=0, atol=0)
     with_graph = x.clone().requires_grad_()
     ACTIVATIONS["tanh"]()(with_graph).sum().backward()
     torch.testing.assert_close(with_graph.grad, 1 - x.tanh().square())
