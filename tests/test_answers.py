@@ -96,7 +96,7 @@ def test_proposals():
     assert "About 1,000 for 10 effective ones" in found["How many proposals are needed?"]
     assert "hold 4.0" in found["How many proposals are needed?"]
     assert "up to 100 %" in found["How many proposals are needed?"]
-    assert "takes 1,024 (--proposals auto)" in found["How many proposals are needed?"]  # 99 / 0.105
+    assert "takes 1,000 (--proposals auto)" in found["How many proposals are needed?"]  # 99 / 0.105
     assert "Few proposals count: fit on a base nearer" in found["What next?"]
     prior.log_z = Z._replace(ess=200.0)
     assert "draw with --proposals 10000, or fit on a base nearer" in said(prior, few)["What next?"]

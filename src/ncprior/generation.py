@@ -72,7 +72,7 @@ def draw(
             default. The top ones matter most (section 5.4 of the paper), and the last may be
             unreliable.
         proposals: SIR's pool for each draw, or one size for each group. "auto" takes as few as
-            keep the law of the latents within 0.1 nats of the NCP's, at most 5,000 a group (see
+            keep the law of the latents within 0.1 nats of the NCP's, at most 1,000 a group (see
             `pool_sizes`).
         temperature: Factor on the standard deviation of the base prior.
         batch_norm_passes: Batches of base samples at `temperature` from which a copy of the VAE

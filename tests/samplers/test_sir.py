@@ -133,13 +133,13 @@ def test_bound_of_the_error_by_enumeration(m):
 
 
 def test_enough_proposals():
-    assert enough_proposals(0.0) == 16 and enough_proposals(math.inf) == 5000
+    assert enough_proposals(0.0) == 16 and enough_proposals(math.inf) == 1000
     for chi_squared in (1.0, 7.3, 80.0):
         m = enough_proposals(chi_squared)
         assert math.log1p(chi_squared / m) <= 0.1
         assert m == 16 or math.log1p(chi_squared / (m / 2)) > 0.1
         assert enough_proposals(chi_squared, 0.05) >= m
-    assert enough_proposals(1e4) == 5000
+    assert enough_proposals(1e4) == 1000
     for wrong in ({"chi_squared": -0.1}, {"chi_squared": math.nan}, {"chi_squared": 1, "nats": 0}):
         with pytest.raises(ValueError, match="chi_squared must be at least 0"):
             enough_proposals(**wrong)

@@ -13,11 +13,14 @@ BLOCK_NUMBERS = 1 << 20
 NATS = 0.1
 """By how much the law of picks may differ from the target where the pool chooses its size: to first
 order any probability is off by a tenth at most, as with ten effective proposals."""
-SMALLEST, LARGEST = 16, 5000
+SMALLEST, LARGEST = 16, 1000
 
 
 def enough_proposals(chi_squared: float, nats: float = NATS) -> int:
-    """The smallest power of two for which picks follow r p / Z to within `nats`; 16 to 5,000.
+    """The smallest power of two for which picks follow r p / Z to within `nats`; 16 to 1,000.
+
+    A thousand is where the bound is loose: with heavy tails, which chi^2 squares, more proposals do
+    not show in any distance.
 
     The law p_m of a pick from m proposals has p_m = E[r p / mean of the pool's m ratios], where one
     of them is r itself and the others average to Z. Since 1 / x is convex,
