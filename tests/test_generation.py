@@ -110,6 +110,10 @@ def test_pools_choose_their_size():
         [Tilt(a)], standard_normal(2), log_z=LogZ(a**2, 0.01, 10.0, 1000, 0.1)
     )
     assert pool_sizes(vae, known) == (enough_proposals(99.0),) == (1000,)
+    flat = ncprior.NoiseContrastivePrior(
+        [Tilt(0.0)], standard_normal(2), log_z=LogZ(0.0, 0.0, 1000 * (1 + 1e-9), 1000, 0.1)
+    )
+    assert pool_sizes(vae, flat) == (16,)
     cooler = pool_sizes(vae, known, temperature=0.5)  # the pilot again: exp(2 a^2 T^2)
     assert cooler == (enough_proposals(math.expm1(2 * a**2 / 4)),) == (16,)
 

@@ -156,7 +156,7 @@ def pool_sizes(
     """
     vae, known = prior.under(vae), prior.log_z
     if vae.num_groups == 1 and temperature == 1 and known is not None:
-        chi_squared = [known.num / known.ess - 1]
+        chi_squared = [max(0.0, known.num / known.ess - 1)]  # rounding, where r is constant
     else:
         pilot = draw(vae, prior, PILOT_DRAWS, proposals=PILOT_PROPOSALS, temperature=temperature)
         chi_squared = (PILOT_PROPOSALS / pilot.ess - 1).mean(1).clamp_min(0).tolist()
