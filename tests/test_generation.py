@@ -104,18 +104,18 @@ def test_ess_is_that_of_the_pool():
 def test_pools_choose_their_size():
     """From the ESS share that the fit knows, or by a pilot, where 1 / share = exp(2 a^2)."""
     a, vae = 0.6, ExactFlat()
-    exact = enough_proposals(math.expm1(2 * a**2))
+    exact = enough_proposals(math.exp(-2 * a**2))
     assert pool_sizes(vae, tilted()) == (exact,) == (16,)
     known = ncprior.NoiseContrastivePrior(
         [Tilt(a)], standard_normal(2), log_z=LogZ(a**2, 0.01, 10.0, 1000, 0.1)
     )
-    assert pool_sizes(vae, known) == (enough_proposals(99.0),) == (1000,)
+    assert pool_sizes(vae, known) == (enough_proposals(0.01),) == (1000,)
     flat = ncprior.NoiseContrastivePrior(
         [Tilt(0.0)], standard_normal(2), log_z=LogZ(0.0, 0.0, 1000 * (1 + 1e-9), 1000, 0.1)
     )
     assert pool_sizes(vae, flat) == (16,)
     cooler = pool_sizes(vae, known, temperature=0.5)  # the pilot again: exp(2 a^2 T^2)
-    assert cooler == (enough_proposals(math.expm1(2 * a**2 / 4)),) == (16,)
+    assert cooler == (enough_proposals(math.exp(-2 * a**2 / 4)),) == (16,)
 
     chosen = ncprior.draw(vae, tilted(), 7, batch_size=3, seed=4)
     given = ncprior.draw(vae, tilted(), 7, proposals=exact, seed=4)
@@ -128,7 +128,7 @@ def test_pools_of_groups_choose_their_sizes():
     vae = TwoGroups()
     prior = ncprior.NoiseContrastivePrior([Tilt(0.1), Tilt(0.9)])
     first, second = pool_sizes(vae, prior)
-    assert first == 16 and second == enough_proposals(math.expm1(3 * 0.81), 0.05) == 256
+    assert first == 16 and second == enough_proposals(math.exp(-3 * 0.81), 0.05) == 256
     assert pool_sizes(vae, prior.only([1])) == (1, 128)
     found = ncprior.draw(vae, prior, 20)
     assert (found.ess[0] <= 16).all() and (found.ess[1] > 16).any()

@@ -204,7 +204,7 @@ def _chosen(prior: NoiseContrastivePrior) -> str:
     share = _lasting_share(prior)
     if share is None:
         return ""
-    return f" 'ncprior sample' takes {enough_proposals(1 / share - 1):,} (--proposals auto)."
+    return f" 'ncprior sample' takes {enough_proposals(share):,} (--proposals auto)."
 
 
 def _next(

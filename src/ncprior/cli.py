@@ -593,7 +593,7 @@ def _flat(figures: Any) -> dict[str, float]:
 
 
 def _pool(text: str) -> int | str:
-    """Of --proposals."""
+    """What --proposals says."""
     if text == "auto" or (text.isdecimal() and int(text) > 0):
         return text if text == "auto" else int(text)
     raise ValueError(f"--proposals must be auto or a positive number, got {text!r}")

@@ -156,14 +156,14 @@ def pool_sizes(
     """
     vae, known = prior.under(vae), prior.log_z
     if vae.num_groups == 1 and temperature == 1 and known is not None:
-        chi_squared = [max(0.0, known.num / known.ess - 1)]  # rounding, where r is constant
+        shares = [known.ess / known.num]
     else:
         pilot = draw(vae, prior, PILOT_DRAWS, proposals=PILOT_PROPOSALS, temperature=temperature)
-        chi_squared = (PILOT_PROPOSALS / pilot.ess - 1).mean(1).clamp_min(0).tolist()
+        shares = (1 / (PILOT_PROPOSALS / pilot.ess).mean(1)).tolist()
     nats = NATS / max(1, len(prior.fitted_groups))
     return tuple(
-        enough_proposals(of_group, nats) if k in prior.fitted_groups else 1
-        for k, of_group in enumerate(chi_squared)
+        enough_proposals(share, nats) if k in prior.fitted_groups else 1
+        for k, share in enumerate(shares)
     )
 
 

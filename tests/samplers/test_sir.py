@@ -117,31 +117,36 @@ def test_law_by_enumeration(block, monkeypatch, rng):
     assert stats.chisquare(counts, n * law).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("m", [1, 2, 4, 6])
-def test_bound_of_the_error_by_enumeration(m):
-    """KL(r p / Z || law of a pick) <= log(1 + chi^2 / m); for many proposals it falls as m^-2."""
-    p = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
-    r = torch.tensor([3.0, 0.2, 1.0, 0.5], dtype=torch.float64)
-    law = torch.zeros(4, dtype=torch.float64)
-    for pool in map(torch.tensor, itertools.product(range(4), repeat=m)):
-        law.index_add_(0, pool, p[pool].prod() * r[pool] / r[pool].sum())
-    target = r * p / (r * p).sum()
-    apart = float((target * (target / law).log()).sum())
-    chi_squared = float((p * r**2).sum() / (p * r).sum() ** 2 - 1)
-    bound = math.log1p(chi_squared / m)
-    assert 0.5 / (m + 1) * bound < apart <= bound
+@pytest.mark.parametrize("rare", [0.2, 0.02, 0.005])
+@pytest.mark.parametrize("nats", [0.1, 0.02])
+def test_enough_proposals_by_the_exact_law(rare, nats):
+    """Of two points, which a pool holds as a binomial says: within the nats, a sixteenth is not."""
+    p = torch.tensor([rare, 1 - rare], dtype=torch.float64)
+    r = torch.tensor([0.5 / rare, 0.5 / (1 - rare)], dtype=torch.float64)  # r p is (1/2, 1/2)
+
+    def apart(m):
+        j = torch.arange(m + 1, dtype=torch.float64)
+        chance = torch.from_numpy(stats.binom.pmf(j, m, rare))
+        first = float((chance * j * r[0] / (j * r[0] + (m - j) * r[1])).sum())
+        return -0.5 * math.log(4 * first * (1 - first))
+
+    share = 1 / float((p * r**2).sum())
+    m = enough_proposals(share, nats)
+    assert apart(m) <= math.log1p((1 / share - 1) / m)
+    assert m == 1000 or apart(m) <= nats
+    assert m in (16, 1000) or apart(m // 16) > nats
 
 
 def test_enough_proposals():
-    assert enough_proposals(0.0) == 16 and enough_proposals(math.inf) == 1000
-    for chi_squared in (1.0, 7.3, 80.0):
-        m = enough_proposals(chi_squared)
-        assert math.log1p(chi_squared / m) <= 0.1
-        assert m == 16 or math.log1p(chi_squared / (m / 2)) > 0.1
-        assert enough_proposals(chi_squared, 0.05) >= m
-    assert enough_proposals(1e4) == 1000
-    for wrong in ({"chi_squared": -0.1}, {"chi_squared": math.nan}, {"chi_squared": 1, "nats": 0}):
-        with pytest.raises(ValueError, match="chi_squared must be at least 0"):
+    assert enough_proposals(1.0) == enough_proposals(1 + 1e-9) == 16
+    assert enough_proposals(1e-9) == 1000
+    for share in (0.5, 0.12, 0.0125):
+        m = enough_proposals(share)
+        assert math.log1p((1 / share - 1) / m) <= 0.1
+        assert m == 16 or math.log1p((1 / share - 1) / (m / 2)) > 0.1
+        assert enough_proposals(share, 0.05) >= m
+    for wrong in ({"share": 0.0}, {"share": math.nan}, {"share": 1, "nats": 0}):
+        with pytest.raises(ValueError, match="share and nats must be positive"):
             enough_proposals(**wrong)
 
 

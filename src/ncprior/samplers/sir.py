@@ -16,35 +16,29 @@ order any probability is off by a tenth at most, as with ten effective proposals
 SMALLEST, LARGEST = 16, 1000
 
 
-def enough_proposals(chi_squared: float, nats: float = NATS) -> int:
+def enough_proposals(share: float, nats: float = NATS) -> int:
     """The smallest power of two for which picks follow r p / Z to within `nats`; 16 to 1,000.
-
-    A thousand is where the bound is loose: with heavy tails, which chi^2 squares, more proposals do
-    not show in any distance.
 
     The law p_m of a pick from m proposals has p_m = E[r p / mean of the pool's m ratios], where one
     of them is r itself and the others average to Z. Since 1 / x is convex,
 
-        KL(r p / Z || p_m) <= log(1 + chi^2 / m),    1 + chi^2 = E_p[(r / Z)^2],
+        KL(r p / Z || p_m) <= log(1 + (1 / share - 1) / m),    1 / share = E_p[(r / Z)^2].
 
-    and 1 / (1 + chi^2) is the share of proposals that count. A power of two, so that an estimate of
-    chi^2 that is off a little gives the same size.
+    A power of two, so that a share that is off a little gives the same size. Beyond 1,000 nothing
+    is promised; more proposals showed in no distance that was measured.
 
     Args:
-        chi_squared: E_p[(r / Z)^2] - 1, at least 0; infinite gives the largest pool.
+        share: Share of proposals that count, ESS / m of large pools; above 0, at most 1 but for
+            rounding.
         nats: Bound on the Kullback-Leibler divergence.
 
     Raises:
-        ValueError: chi_squared below 0 or NaN, or nats not positive.
+        ValueError: share or nats not positive.
     """
-    if not (chi_squared >= 0 and nats > 0):
-        raise ValueError(
-            f"chi_squared must be at least 0 and nats positive, got {chi_squared} and {nats}"
-        )
-    needed = chi_squared / math.expm1(nats)
-    if needed >= LARGEST:
-        return LARGEST
-    return min(LARGEST, 2 ** math.ceil(math.log2(max(SMALLEST, needed))))
+    if not (share > 0 and nats > 0):
+        raise ValueError(f"share and nats must be positive, got {share} and {nats}")
+    needed = max(SMALLEST, (1 / share - 1) / math.expm1(nats))
+    return min(LARGEST, 2 ** math.ceil(math.log2(needed)))
 
 
 def block_for(event_shape: Sequence[int]) -> int:
