@@ -93,11 +93,12 @@ def test_help_is_quick():
     assert min(seconds) < 0.5
 
 
-def test_the_whole_way(capsys, recipe, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--reencode"]])
+def test_the_whole_way(capsys, recipe, tmp_path, more):
     out = tmp_path / "run"
     code, text, _ = run(capsys, "train", recipe, "--out", out, "--json")
     assert code == 0 and json.loads(text)["step"] == 60
-    code, text, _ = run(capsys, "fit", out, "--json")
+    code, text, _ = run(capsys, "fit", out, *more, "--json")
     assert code == 0 and 0 < json.loads(text)["nce_loss"] < 1.6
     code, text, _ = run(capsys, "diagnose", out, "--json")
     found = json.loads(text)
@@ -111,6 +112,9 @@ def test_the_whole_way(capsys, recipe, tmp_path):
     assert code == 0 and "nll_ncp" in json.loads(text)
     ways = {name for name in json.loads(text)["figures"] if name.startswith("log_z_")}
     assert ways == {"log_z_base", "log_z_bridge"}
+    code, _, _ = run(capsys, "sample", out, "--sampler", "langevin", "--num", 3,
+                     "--out", tmp_path / "some.npz")  # fmt: skip
+    assert code == 0
     code, text, _ = run(capsys, "report", out, "--json")
     assert code == 0 and (out / "report.html").stat().st_size > 10_000
     splits = np.load(out / "splits.npz")

@@ -9,6 +9,7 @@ from ncprior import comparison
 from ncprior.comparison import compare, load_fitted
 from ncprior.data import random_splits
 from ncprior.priors.mixture import SIZES
+from ncprior.ratios import MatchedRatio, ReencodedRatio
 from ncprior.scoreboard import Comparison, Score, load_comparison, save_comparison
 
 SMALL_FIT = {
@@ -63,6 +64,22 @@ def test_mixtures_of_any_size(data, splits, tmp_path):
     one, auto, on_three = (load_fitted(tmp_path, name, 0, linear_vae())[0] for name in names)
     assert len(one.means) == 1 and len(auto.means) in SIZES
     assert len(on_three.base.means) == 3
+
+
+def test_reencoded_ratios_on_any_base(data, splits, tmp_path):
+    names = ["gaussian", "ncp-reencoded", "ncp-reencoded-mixture-3"]
+    few = options(priors=names, seeds=1, metrics=["fd"], samples=40, directory=tmp_path)
+    vae = linear_vae()
+    once = compare(vae, data, splits, **few)
+    plain, on_three = (load_fitted(tmp_path, name, 0, vae)[0] for name in names[1:])
+    z = torch.zeros(3, 2)
+    for prior in (plain, on_three):
+        assert isinstance(prior.ratios[0], MatchedRatio | ReencodedRatio)
+        assert torch.isfinite(prior.log_ratio(0, z)).all()  # it knows its VAE
+    assert len(on_three.base.means) == 3
+    again = compare(vae, data, splits, **few, resume=True)
+    assert [s.values["fd"] for s in again.scores] == [s.values["fd"] for s in once.scores]
+    assert not comparison.is_known("ncp-reencoded-") and not comparison.is_known("reencoded")
 
 
 def test_kept_priors_are_not_fitted_again(data, splits, tmp_path, monkeypatch):

@@ -154,6 +154,10 @@ def fit(
         str | None,
         typer.Option(help="Ratios in a row, a number or adaptive, where one separates perfectly."),
     ] = None,
+    reencode: Annotated[
+        bool | None,
+        typer.Option(help="Let the ratio see latents decoded and encoded again, too."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps at most.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the fit.")] = None,
     resume: Resume = False,
@@ -173,6 +177,7 @@ def fit(
     from ncprior.shares import process_place
 
     given = {"preset": preset, "base": base, "steps": steps, "seed": seed, "device": device}
+    given["reencode"] = reencode
     given["stages"] = int(stages) if stages and stages.isdecimal() else stages
     changes = {
         k: str(v) if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None

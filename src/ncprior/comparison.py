@@ -29,10 +29,11 @@ from ncprior.walk import device_of
 RATIOS: dict[str, dict[str, Any]] = {
     "ncp": {},
     "ncp-multistage": {"stages": "adaptive", "preset": "stages"},  # a larger one learns the pools
+    "ncp-reencoded": {"reencode": True},
 }
 """Noise contrastive priors on the VAE's own prior by name, as arguments of `fit_prior`."""
-ON_BASE = "ncp-"
-"""What those on another base begin with; the name of the base follows."""
+ON_BASE = {"ncp-reencoded-": {"reencode": True}, "ncp-": {}}
+"""What those on another base begin with, and their arguments; the name of the base follows."""
 SAMPLERS = {"ncp-multistage": "annealed"}
 """What noise contrastive priors are drawn by; SIR where it is not said."""
 TIMED = 500
@@ -256,7 +257,7 @@ def is_known(name: str) -> bool:
     if name in RATIOS:
         return True
     try:
-        kind, _ = parse_name(name.removeprefix(ON_BASE))
+        kind, _ = parse_name(_base(name)[0])
     except ValueError:
         return False
     return kind != "gaussian" or name == kind
@@ -266,7 +267,16 @@ def ratio_options(name: str) -> dict[str, Any] | None:
     """Arguments of `fit_prior` for a noise contrastive prior; None for a prior of another kind."""
     if name in RATIOS:
         return RATIOS[name]
-    return {"base": name.removeprefix(ON_BASE)} if name.startswith(ON_BASE) else None
+    base, options = _base(name)
+    return None if options is None else options | {"base": base}
+
+
+def _base(name: str) -> tuple[str, dict[str, Any] | None]:
+    """The base that a name ends in, and the ratio's arguments; None for a prior without one."""
+    for start, options in ON_BASE.items():
+        if name.startswith(start):
+            return name.removeprefix(start), options
+    return name, None
 
 
 def _fitted(
@@ -318,9 +328,9 @@ def load_fitted(
     known = read_json(where / "fit.json")
     if known["vae"] != fingerprint(vae) or (fit is not None and known["fit"] != fit):
         return None
-    ours = ratio_options(name) is not None
-    reader = NoiseContrastivePrior.from_pretrained if ours else load_density
-    return reader(where), known["seconds"]
+    if ratio_options(name) is None:
+        return load_density(where), known["seconds"]
+    return NoiseContrastivePrior.from_pretrained(where, vae=vae), known["seconds"]
 
 
 def _samples(

@@ -173,6 +173,7 @@ class Run:
                 f"the prior in {self.path}/ncp was fitted on another VAE than the one in "
                 f"{self.path}/vae; run 'ncprior fit {self.path} --overwrite'"
             )
+        prior.attach(vae)
         return prior
 
     def metrics(self) -> Figures:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ncprior.groups import check_groups
 from ncprior.numerics import LogZ
 from ncprior.priors.pretrained import load_prior, save_prior
-from ncprior.ratios import RatioNetwork, SummedRatio, UnitRatio
+from ncprior.ratios import RatioNetwork, ReencodedRatio, SummedRatio, UnitRatio
+from ncprior.storage import fingerprint
 from ncprior.walk import Density, Group
 
 
@@ -61,9 +62,24 @@ class NoiseContrastivePrior(nn.Module):
                 f"this prior has {self.num_groups} groups, the VAE has {vae.num_groups}; "
                 "it was fitted for another VAE"
             )
+        self.attach(vae)
         if self.base is None or self.base is getattr(vae, "prior", None):
             return vae
         return vae.with_prior(self.base)
+
+    def attach(self, vae: Any) -> None:
+        """Let ratios that look at decoded latents (`fit_prior`'s `reencode`) know their VAE.
+
+        Those that know one keep it.
+
+        Raises:
+            ValueError: a VAE that the prior was not fitted on.
+        """
+        waiting = [r for r in self.modules() if isinstance(r, ReencodedRatio) and not r.attached]
+        if waiting and self.record.get("vae", (own := fingerprint(vae))) != own:
+            raise ValueError("this prior was fitted on another VAE; fit one on this VAE first")
+        for ratio in waiting:
+            ratio.attach(vae)
 
     def log_ratio(self, k: int, z: Tensor, group: Group | None = None) -> Tensor:
         """log r_k(z_k, c(z_<k)) in nats for z (n, *event), (n,).
@@ -181,15 +197,28 @@ class NoiseContrastivePrior(nn.Module):
         save_prior(self, Path(directory))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
-        """Read a prior from a directory or, where there is none, from the Hugging Face hub."""
+    def from_pretrained(
+        cls, name: str | Path, *, vae: Any = None, revision: str | None = None
+    ) -> Self:
+        """Read a prior from a directory or, where there is none, from the Hugging Face hub.
+
+        A prior that was fitted with `reencode` looks at its VAE: pass that here, or it is the first
+        VAE that the prior is used with (`under`).
+        """
         if Path(name).is_dir():
-            return load_prior(cls, Path(name))
+            return cls._read(Path(name), vae)
         from huggingface_hub import snapshot_download
 
         patterns = ["config.json", "model.safetensors"]
         found = snapshot_download(str(name), revision=revision, allow_patterns=patterns)
-        return load_prior(cls, Path(found))
+        return cls._read(Path(found), vae)
+
+    @classmethod
+    def _read(cls, directory: Path, vae: Any) -> Self:
+        prior: Self = load_prior(cls, directory)
+        if vae is not None:
+            prior.attach(vae)
+        return prior
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
         """Upload the prior to a hub repository, made if need be; return the commit's address."""

@@ -15,7 +15,7 @@ from ncprior.priors.mixture import GaussianMixture
 from ncprior.priors.snis import SNISPrior
 from ncprior.priors.two_stage import TwoStagePrior
 from ncprior.priors.vamp import VampPrior
-from ncprior.ratios import NETWORKS, MatchedRatio, SummedRatio, UnitRatio
+from ncprior.ratios import NETWORKS, MatchedRatio, ReencodedRatio, SummedRatio, UnitRatio
 from ncprior.storage import load_tensors, restore, save_tensors
 
 FORMAT = 2
@@ -126,6 +126,8 @@ def _ratio(options: dict[str, Any]) -> Any:
         return SummedRatio([_ratio(part) for part in options["parts"]])
     if name == "matched":
         return MatchedRatio(_ratio(options["of"]))
+    if name == "reencoded":
+        return ReencodedRatio(_ratio(options["of"]), options["latent_size"])
     return UnitRatio() if name == "unit" else NETWORKS[name](**options)
 
 

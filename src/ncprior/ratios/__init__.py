@@ -7,6 +7,7 @@ from ncprior.ratios.flat import MLPRatio, ResidualRatio
 from ncprior.ratios.matched import MatchedRatio
 from ncprior.ratios.nce import calibrate, jsd, nce_loss
 from ncprior.ratios.network import RatioNetwork
+from ncprior.ratios.reencoded import ReencodedRatio
 from ncprior.ratios.stacking import join, split
 from ncprior.ratios.summed import SummedRatio
 from ncprior.ratios.unit import UnitRatio
@@ -19,6 +20,7 @@ __all__ = [
     "MLPRatio",
     "MatchedRatio",
     "RatioNetwork",
+    "ReencodedRatio",
     "ResidualRatio",
     "SummedRatio",
     "UnitRatio",

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from ncprior.numerics import stream
 from ncprior.training.evidence import encode
-from ncprior.training.pairs import Pairs, draw_pairs
+from ncprior.training.pairs import Pairs, View, draw_pairs
 from ncprior.training.vae import kl_divergence
 from ncprior.walk import Evidence, Group, walk
 
@@ -29,6 +29,7 @@ class HeldOut:
         rows: The held-out rows of `data`.
         groups: The groups whose pairs are wanted.
         seed: Seed of the draws.
+        view: What the networks are shown of latents; the latents themselves by default.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class HeldOut:
         *,
         seed: int,
         device: torch.device | str = "cpu",
+        view: View | None = None,
     ) -> None:
-        self.vae, self.data, self.rows, self.groups = vae, data, rows, groups
+        self.vae, self.data, self.rows, self.groups, self.view = vae, data, rows, groups, view
         self.seed, self.device = seed, device
         self.images = len(rows)
         example = self._draw(rows[:2], 0)
@@ -55,7 +57,8 @@ class HeldOut:
             evidence = self._evidence(rows, 0)
             self.kls = self._of_wanted(_kl_sums(vae, evidence, generator))
             repeated = tuple(e.repeat(copies, *[1] * (e.ndim - 1)) for e in evidence)
-            self.kept = [draw_pairs(vae, repeated, copies * self.images, generator, groups)]
+            num = copies * self.images
+            self.kept = [draw_pairs(vae, repeated, num, generator, groups, view)]
         else:
             sums = [
                 self._of_wanted(
@@ -72,13 +75,22 @@ class HeldOut:
         for i, part in enumerate(self.parts):
             yield self._draw(part, i)
 
+    def unviewed(self) -> "HeldOut":
+        """The same draws, the latents themselves."""
+        if self.view is None:
+            return self
+        return HeldOut(
+            self.vae, self.data, self.rows, self.groups, seed=self.seed, device=self.device
+        )
+
     def _evidence(self, rows: Tensor, part: int) -> Evidence:
         generator = stream(self.seed, "heldout", part)
         return encode(self.vae, self.data, rows, generator=generator, device=self.device)
 
     def _draw(self, rows: Tensor, part: int) -> list[Pairs]:
         generator = stream(self.seed, "heldout draws", part, self.device)
-        return draw_pairs(self.vae, self._evidence(rows, part), len(rows), generator, self.groups)
+        evidence = self._evidence(rows, part)
+        return draw_pairs(self.vae, evidence, len(rows), generator, self.groups, self.view)
 
     def _of_wanted(self, sums: list[float]) -> list[float]:
         return [sums[k] / self.images for k in self.groups]

@@ -1,6 +1,6 @@
 """Pairs to tell apart: draws of q(z_k | z_<k) and of p(z_k | z_<k), given the same z_<k."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,12 +8,15 @@ from torch import Generator, Tensor
 
 from ncprior.walk import Evidence, Group, walk
 
+View = Callable[[Tensor], Tensor]
+"""What a network is shown of latents (n, *event), (n, ...)."""
+
 
 class Pairs(NamedTuple):
     """Draws of one group to tell apart, in the coordinate of its ratio (`Group.standardize`)."""
 
-    posterior: Tensor  # (n, *event)
-    prior: Tensor  # (n, *event)
+    posterior: Tensor  # (n, *event), or what a view makes of it
+    prior: Tensor  # the same
     context: Tensor | None  # (n, ...)
 
 
@@ -24,6 +27,7 @@ def draw_pairs(
     num: int,
     generator: Generator,
     groups: Sequence[int] | None = None,
+    view: View | None = None,
 ) -> list[Pairs]:
     """One walk along the posterior that also draws each group from its prior (Eq. 3 and 4).
 
@@ -32,13 +36,15 @@ def draw_pairs(
     """
     wanted = range(vae.num_groups) if groups is None else groups
     pairs: dict[int, Pairs] = {}
+    seen = view or (lambda z: z)
 
     def choose(k: int, group: Group) -> Tensor:
         assert group.posterior is not None
         z = group.posterior.sample(generator=generator)
         other = group.prior.sample(generator=generator)
         if k in wanted:
-            pairs[k] = Pairs(group.standardize(z), group.standardize(other), group.context)
+            posterior, prior = (seen(group.standardize(x)) for x in (z, other))
+            pairs[k] = Pairs(posterior, prior, group.context)
         return z
 
     walk(vae, choose, num, evidence, groups=max(wanted) + 1)

@@ -41,7 +41,7 @@ class RatioJob:
         vae: The frozen VAE.
         table: The evidence of the training images.
         heldout: Pairs of held-out images, and which groups they are of.
-        batch_size: Pairs per step for each member.
+        batch_size: Pairs per step for each member; with a view the same for all of them.
         patience: Evaluations without improvement after which a group stops.
         seed: Seed of the order of the images.
         noise_ratio: See `nce_loss`.
@@ -63,10 +63,11 @@ class RatioJob:
         of_vae: str = "",
         draw: DrawPairs | None = None,
     ) -> None:
-        self.module = Stacks(ratios)
+        dealt = heldout.view is None  # what a view shows costs more than what members make of it
+        self.module = Stacks(ratios, dealt=dealt)
         self.table, self.heldout = table, heldout
-        self.draw = draw or partial(draw_pairs, vae, groups=heldout.groups)
-        self.rows_per_step = batch_size * self.module.members
+        self.draw = draw or partial(draw_pairs, vae, groups=heldout.groups, view=heldout.view)
+        self.rows_per_step = batch_size * (self.module.members if dealt else 1)
         self.order = RowOrder(torch.arange(len(table)), self.rows_per_step, seed=seed)
         self.noise_ratio, self.patience, self.of_vae = noise_ratio, patience, of_vae
         count = self.module.num_groups
@@ -155,9 +156,11 @@ def seen_pairs(
     numbers = sum(x[0].numel() for pair in held.example for x in pair if x is not None)
     seen = torch.arange(min(len(table), SEEN_IMAGES, NUMBERS_AT_ONCE // numbers + 1))
     generator = stream(seed, "seen", device=table.device)
-    return draw_pairs(vae, table[seen.to(table.device)], len(seen), generator, held.groups)
+    evidence = table[seen.to(table.device)]
+    return draw_pairs(vae, evidence, len(seen), generator, held.groups, held.view)
 
 
+@torch.no_grad()
 def log_ratios(ratio: Any, pairs: Iterable[list[Pairs]]) -> tuple[Tensor, Tensor]:
     """log r of one group at all its posterior and prior draws, each (n,)."""
     parts = [

@@ -15,10 +15,13 @@ class Stacks(nn.Module):
 
     Args:
         ratios: One network per group, in the order of the pairs.
+        dealt: Whether the rows of a group are dealt to its members in training; else, and always in
+            evaluation, each member sees all of them.
     """
 
-    def __init__(self, ratios: Sequence[RatioNetwork]) -> None:
+    def __init__(self, ratios: Sequence[RatioNetwork], *, dealt: bool = True) -> None:
         super().__init__()
+        self.dealt = dealt
         places: dict[str, list[int]] = {}
         for k, ratio in enumerate(ratios):
             places.setdefault(str(ratio.config), []).append(k)
@@ -29,11 +32,7 @@ class Stacks(nn.Module):
         )
 
     def forward(self, pairs: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
-        """Logits (K, E, n) at posterior and at prior draws.
-
-        In training the E n rows of a group are dealt to its members; in evaluation each member sees
-        all of them.
-        """
+        """Logits (K, E, n) at posterior and at prior draws: E n rows that are dealt, or n."""
         at: list[Any] = [None] * self.num_groups
         for stack, ks in zip(self.stacks, self.places, strict=True):
             own = [pairs[k] for k in ks]
@@ -67,7 +66,7 @@ class Stacks(nn.Module):
 
     def _rows(self, of_groups: Sequence[Any]) -> Tensor:
         """Rows (n, ...) of each group to (G E, n / E or n, ...)."""
-        if self.training:
+        if self.training and self.dealt:
             parts = [rows.unflatten(0, (self.members, -1)) for rows in of_groups]
         else:
             parts = [rows.expand(self.members, *rows.shape) for rows in of_groups]

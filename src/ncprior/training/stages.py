@@ -55,6 +55,8 @@ class _Population:
 class _Against:
     """Held-out draws of the posterior against those of a population."""
 
+    view = None
+
     def __init__(self, held: HeldOut, particles: Tensor) -> None:
         self.held, self.particles = held, particles
         self.groups, self.kls = held.groups, held.kls

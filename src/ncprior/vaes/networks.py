@@ -77,10 +77,15 @@ class MLPDecoder(nn.Module):
         self.register_buffer("offset", torch.zeros(math.prod(self.shape)))
         self.layers = _mlp([latent_size, *hidden[::-1], math.prod(self.shape)], activation)
 
+    def hidden(self, z: Tensor) -> Tensor:
+        """The last hidden layer, (n, width)."""
+        found: Tensor = self.layers[:-1](z)
+        return found
+
     def forward(self, z: Tensor) -> Tensor:
         last: Any = self.layers[-1]
         bias = last.bias + self.offset  # one pass over the outputs fewer than adding it to them
-        outputs = F.linear(self.layers[:-1](z), last.weight, bias).unflatten(1, self.shape)
+        outputs = F.linear(self.hidden(z), last.weight, bias).unflatten(1, self.shape)
         return outputs.sigmoid() if self.squash else outputs
 
 
