@@ -110,7 +110,7 @@ def test_kept_and_read_again(vae, z, tmp_path):
     with pytest.raises(ValueError, match=r"needs the VAE.*vae=vae"):
         alone.log_ratio(0, z)
     with pytest.raises(ValueError, match="fitted on another VAE"):
-        alone.attach(linear_vae(0.1, SPREAD, NOISE, size=2).double().requires_grad_(False).half())
+        alone.attach(linear_vae(0.1, SPREAD, NOISE).double())
     alone.under(vae)
     torch.testing.assert_close(alone.log_ratio(0, z), want)
 
@@ -135,6 +135,10 @@ def test_bfloat16_proposals(vae, z):
 
 def test_what_cannot_be_reencoded():
     data = torch.rand(200, 1, 1, 3)
+    flat, prior = linear_vae(), Normal(torch.zeros(2, 1, 1), torch.ones(2, 1, 1), event_dim=3)
+    maps = ncprior.FlatVAE(flat.encoder, flat.decoder, flat.likelihood, 2, prior=prior)
+    with pytest.raises(ValueError, match="reencode needs flat latents, this VAE has maps"):
+        ncprior.fit_prior(maps, data[..., :2], reencode=True)
     with pytest.raises(ValueError, match="one latent group, this one has 2"):
         ncprior.fit_prior(TwoGroups(), data, reencode=True)
     with pytest.raises(ValueError, match=r"reencode needs one stage, got stages = 3"):

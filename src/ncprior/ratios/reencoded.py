@@ -1,7 +1,7 @@
 """A log-ratio that also sees what the frozen VAE makes of z: decoded, and encoded again.
 
-A latent from a hole decodes to what is no image, and the encoder does not find it again. Telling
-that from z alone is what a classifier needs most of its steps and images for; the VAE knows it.
+A latent from a hole decodes to what is no image, and the encoder does not find it again: that is
+hard to tell from z alone, and the VAE knows it.
 """
 
 from collections.abc import Callable
@@ -133,7 +133,7 @@ class ReencodedRatio(nn.Module):
             vae.to(z.device)
         slope = torch.is_grad_enabled() and z.requires_grad  # of z, never of the VAE's weights
         with evaluating(vae), torch.set_grad_enabled(slope):
-            seen = features(vae, z.to(_dtype_of(vae)))
+            seen = view_of(vae)(z.to(_dtype_of(vae)))
         found: Tensor = self.network(seen.to(self.temperature.dtype))
         return found.to(z.dtype)
 
