@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import ncprior
 from ncprior import cli
+from ncprior.training import combining
 
 SMALL = """
 [data]
@@ -122,6 +125,48 @@ def test_the_whole_way(capsys, recipe, tmp_path, more):
     assert sorted(rows) == list(range(1797))
     assert sorted([*splits["fit"], *splits["heldout"]]) == sorted(splits["train"])
     assert {"gap_closed", "nll_base"} <= json.loads((out / "metrics.json").read_text()).keys()
+
+
+def test_combine(capsys, trained, tmp_path, monkeypatch):
+    """The run's own NCP, a mixture that compare fitted, and the NCP of another run of its VAE."""
+    monkeypatch.setattr(combining, "DRAWS", 2000)
+    monkeypatch.setattr(combining, "LOG_Z_DRAWS", 2000)
+    one, other, out = tmp_path / "one", tmp_path / "other", tmp_path / "both"
+    shutil.copytree(trained, one)
+    shutil.copytree(trained, other)
+    code, _, _ = run(capsys, "fit", other, "--seed", 1, "--overwrite")
+    assert code == 0
+    code, _, _ = run(capsys, "compare", one, "--priors", "mixture-2", "--seeds", 1, "--metrics",
+                     "fd", "--samples", 40)  # fmt: skip
+    assert code == 0
+    names = ["ncp", "mixture-2", str(other)]
+    code, text, _ = run(capsys, "combine", one, *names, "--out", out, "--json")
+    found = json.loads(text)
+    assert code == 0 and [part["name"] for part in found["combined"]] == names
+    assert found["bound"]["value"] >= max(part["value"] for part in found["combined"]) - 0.05
+    code, text, err = run(capsys, "combine", one, *names, "--out", out)
+    assert code == 2 and "already holds a run; pass --overwrite" in err
+    code, text, _ = run(capsys, "combine", one, *names, "--out", out, "--overwrite")
+    assert code == 0 and "Together they win" in text and f"Next: ncprior diagnose {out}" in text
+    code, text, _ = run(capsys, "diagnose", out, "--json")
+    assert code == 0 and json.loads(text)["fd_ncp"] > 0
+    code, text, _ = run(capsys, "evaluate", out, "--metrics", "nll", "--images", 5,
+                        "--importance-samples", 3, "--log-z-draws", 100,
+                        "--log-z-methods", "base", "--json")  # fmt: skip
+    assert code == 0 and "nll_ncp" in json.loads(text)
+    code, _, _ = run(capsys, "report", out)
+    assert code == 0 and "more than the best alone" in (out / "report.html").read_text()
+    for wrong, said in (
+        (["ncp", "nope"], "got 'nope'; fit it with"),
+        (["ncp"], "at least two to combine, got 1"),
+    ):
+        code, _, err = run(capsys, "combine", one, *wrong, "--out", tmp_path / "no")
+        assert code == 2 and said in err and not (tmp_path / "no").exists()
+    vae = load_file(other / "vae" / "model.safetensors")
+    name = next(iter(vae))
+    save_file(vae | {name: vae[name] + 1}, other / "vae" / "model.safetensors")
+    code, _, err = run(capsys, "combine", one, "ncp", other, "--out", tmp_path / "no")
+    assert code == 2 and "holds another VAE than" in err
 
 
 @pytest.mark.parametrize("prior", ["base", "ncp", "reconstruction"])

@@ -11,6 +11,7 @@ from ncprior.data import random_splits
 from ncprior.priors.mixture import SIZES
 from ncprior.ratios import MatchedRatio, ReencodedRatio
 from ncprior.scoreboard import Comparison, Score, load_comparison, save_comparison
+from ncprior.training import combining
 
 SMALL_FIT = {
     "steps": 60,
@@ -80,6 +81,26 @@ def test_reencoded_ratios_on_any_base(data, splits, tmp_path):
     again = compare(vae, data, splits, **few, resume=True)
     assert [s.values["fd"] for s in again.scores] == [s.values["fd"] for s in once.scores]
     assert not comparison.is_known("ncp-reencoded-") and not comparison.is_known("reencoded")
+
+
+def test_combined_priors(data, splits, tmp_path, monkeypatch):
+    """Of priors that are compared and of one that is not; their fits count in its seconds."""
+    monkeypatch.setattr(combining, "DRAWS", 2000)
+    monkeypatch.setattr(combining, "LOG_Z_DRAWS", 2000)
+    both = "mixture-2+ncp-reencoded-mixture-3"
+    few = options(priors=["mixture-2", both], seeds=1, samples=40, directory=tmp_path)
+    vae = linear_vae()
+    once = {s.prior: s.values for s in compare(vae, data, splits, **few).scores}
+    assert once.keys() == {"mixture-2", both} and "nll" in once[both]
+    _, seconds = load_fitted(tmp_path, "ncp-reencoded-mixture-3", 0, vae)
+    known, of_both = load_fitted(tmp_path, both, 0, vae)
+    assert of_both > seconds + load_fitted(tmp_path, "mixture-2", 0, vae)[1]
+    assert [p["name"] for p in known.record["combined"]] == both.split("+")
+    assert known.record["heldout_images"] == len(splits.validation)
+    again = {s.prior: s.values for s in compare(vae, data, splits, **few, resume=True).scores}
+    assert again[both]["fd"] == once[both]["fd"] and again[both]["nll"] == once[both]["nll"]
+    assert comparison.is_known("ncp+mixture") and not comparison.is_known("ncp+energy")
+    assert not comparison.is_known("ncp+")
 
 
 def test_kept_priors_are_not_fitted_again(data, splits, tmp_path, monkeypatch):

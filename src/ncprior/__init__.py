@@ -17,6 +17,7 @@ _HOME = {
     "NoiseContrastivePrior": "ncprior.priors",
     "Splits": "ncprior.data",
     "build_vae": "ncprior.vaes",
+    "combine": "ncprior.training",
     "diagnose": "ncprior.diagnosis",
     "draw": "ncprior.generation",
     "draw_with_energy": "ncprior.vaebm",
@@ -43,6 +44,7 @@ __all__ = [
     "Splits",
     "__version__",
     "build_vae",
+    "combine",
     "diagnose",
     "draw",
     "draw_with_energy",
@@ -77,6 +79,6 @@ if TYPE_CHECKING:
     from ncprior.generation import draw, generate
     from ncprior.priors import GaussianMixture, NoiseContrastivePrior
     from ncprior.runs import load_vae
-    from ncprior.training import finetune_vae, fit_prior, train_vae
+    from ncprior.training import combine, finetune_vae, fit_prior, train_vae
     from ncprior.vaebm import ImageEnergy, draw_with_energy, fit_energy
     from ncprior.vaes import NVAE, Bernoulli, Categorical, FlatVAE, Gaussian, build_vae

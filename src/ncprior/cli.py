@@ -212,6 +212,45 @@ def fit(
 
 
 @app.command()
+def combine(
+    run: RunArgument,
+    priors: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PRIOR...",
+            help="ncp, what compare fitted (such as mixture-auto), or other runs of the same VAE.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory to make.")],
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Combine priors of one VAE into their weighted geometric mean, an NCP in a run of its own.
+
+    Validation images choose the weights.
+    """
+    from ncprior.diagnosis import combined_summary
+    from ncprior.pipeline import combine_run
+    from ncprior.runs import Run
+
+    prior = combine_run(
+        Run.open(run),
+        priors,
+        out,
+        seed=seed,
+        overwrite=overwrite,
+        device=device or "auto",
+        progress=not as_json,
+    )
+    content = {"run": str(out), "seed": seed}
+    content |= {name: prior.record[name] for name in ("combined", "bound", "gain")}
+    text = f"{combined_summary(prior)}\nNext: ncprior diagnose {out}"
+    _show(content, as_json, text)
+
+
+@app.command()
 def energy(
     run: RunArgument,
     prior: Annotated[Energised, typer.Option(help="The prior to put it on.")] = Energised.ncp,
@@ -428,7 +467,7 @@ def compare(
         typer.Option(
             help="Comma-separated: gaussian, mixture (10 components), mixture-N, mixture-auto, "
             "vamp, flow, autoregressive, two-stage, diffusion, lars, snis, ebm, ncp, "
-            "ncp-multistage, and ncp-BASE, such as ncp-mixture-auto."
+            "ncp-multistage, ncp-BASE, such as ncp-mixture-auto, and A+B, which combines them."
         ),
     ] = "gaussian,mixture,vamp,flow,diffusion,two-stage,lars,snis,ebm,ncp,ncp-multistage",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 up to this.")] = 5,

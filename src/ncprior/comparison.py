@@ -21,7 +21,7 @@ from ncprior.quality_figures import Spec, quality_figures
 from ncprior.scoreboard import COLUMNS, Comparison, Score
 from ncprior.sources import Kept, Source, reconstructions, training_images
 from ncprior.storage import fingerprint, read_json, write_json
-from ncprior.training import fit_prior
+from ncprior.training import combine, fit_prior
 from ncprior.training.bases import codes_of
 from ncprior.training.progress import progress_bar
 from ncprior.walk import device_of
@@ -34,6 +34,8 @@ RATIOS: dict[str, dict[str, Any]] = {
 """Noise contrastive priors on the VAE's own prior by name, as arguments of `fit_prior`."""
 ON_BASE = {"ncp-reencoded-": {"reencode": True}, "ncp-": {}}
 """What those on another base begin with, and their arguments; the name of the base follows."""
+COMBINED = "+"
+"""Between the names of priors that are combined."""
 SAMPLERS = {"ncp-multistage": "annealed"}
 """What noise contrastive priors are drawn by; SIR where it is not said."""
 TIMED = 500
@@ -71,7 +73,8 @@ def compare(
         splits: Which of them are for training (priors are fitted on these), validation and test;
             80/10/10 at random by default.
         priors: Names: those that `parse_name` knows, "ncp", "ncp-multistage", "ncp-reencoded" and
-            "ncp-BASE" or "ncp-reencoded-BASE", such as "ncp-mixture-100".
+            "ncp-BASE" or "ncp-reencoded-BASE", such as "ncp-mixture-100"; "A+B" combines A and B
+            (`combine`, by the validation images).
         seeds: Seeds 0 up to this; each fits and samples anew.
         samples: Images drawn from each prior and from the aggregate posterior.
         proposals: SIR's pool for noise contrastive priors, or "auto"; see `draw`.
@@ -104,11 +107,14 @@ def compare(
     figures: Figures = {}
     pictures: dict[str, Tensor] = {}
     for seed in range(seeds):
-        fitted = {
-            name: _fitted(name, vae, data, splits, codes, seed, fit or {}, directory, resume,
-                          progress)
-            for name in priors
-        }  # fmt: skip
+        fitted: dict[str, tuple[Any, float]] = {}
+        for name in [each for wanted in priors for each in (*parts_of(wanted), wanted)]:
+            if name not in fitted:
+                fitted[name] = _fitted(
+                    name, fitted, vae, data, splits, codes, seed, fit or {}, directory, resume,
+                    progress,
+                )  # fmt: skip
+        fitted = {name: fitted[name] for name in priors}
         known = _known([*priors, RECONSTRUCTION], seed, asked, directory if resume else None)
         unknown = {name: prior for name, (prior, _) in fitted.items() if name not in known}
         known |= _measured(
@@ -244,7 +250,7 @@ def _check(vae: Any, priors: Sequence[str], seeds: int, samples: int) -> None:
     if unknown or not priors:
         raise ValueError(
             f"priors must be some of {', '.join(PRIORS)}, mixture-N, mixture-auto, "
-            f"{', '.join(RATIOS)} and ncp-BASE, got {', '.join(unknown) or 'none'}"
+            f"{', '.join(RATIOS)}, ncp-BASE and A+B, got {', '.join(unknown) or 'none'}"
         )
     if seeds < 1 or samples < 40:
         raise ValueError(
@@ -254,6 +260,8 @@ def _check(vae: Any, priors: Sequence[str], seeds: int, samples: int) -> None:
 
 def is_known(name: str) -> bool:
     """Whether `compare` takes a prior of that name."""
+    if parts := parts_of(name):
+        return all(is_known(part) for part in parts)
     if name in RATIOS:
         return True
     try:
@@ -261,6 +269,11 @@ def is_known(name: str) -> bool:
     except ValueError:
         return False
     return kind != "gaussian" or name == kind
+
+
+def parts_of(name: str) -> list[str]:
+    """The priors that one is combined from; none if it is not."""
+    return name.split(COMBINED) if COMBINED in name else []
 
 
 def ratio_options(name: str) -> dict[str, Any] | None:
@@ -281,6 +294,7 @@ def _base(name: str) -> tuple[str, dict[str, Any] | None]:
 
 def _fitted(
     name: str,
+    fitted: dict[str, tuple[Any, float]],
     vae: Any,
     data: ImageDataset,
     splits: Splits,
@@ -291,15 +305,23 @@ def _fitted(
     resume: bool,
     progress: bool,
 ) -> tuple[Any, float]:
-    """A prior and the seconds that its fit took, from disk if it is there and of this VAE."""
+    """A prior and the seconds that its fit took, from disk if it is there and of this VAE.
+
+    One that is combined from others needs these in `fitted`; its seconds include theirs.
+    """
     if directory is not None and resume:
         known = load_fitted(directory, name, seed, vae, fit)
         if known is not None:
             return known
     began = time.perf_counter()
     prior: Any
-    own = ratio_options(name)
-    if own is not None:
+    own, parts = ratio_options(name), parts_of(name)
+    if parts:
+        prior = combine(
+            vae, [fitted[part][0] for part in parts], data, rows=splits.validation, names=parts,
+            seed=seed, progress=progress, device=(fit or {}).get("device", "auto"),
+        )  # fmt: skip
+    elif own is not None:
         options = {"seed": seed, "progress": progress, "tensorboard": False} | fit | own
         prior = fit_prior(vae, data, rows=splits.train, **options)
     else:
@@ -307,10 +329,10 @@ def _fitted(
             starts = training_images(data, splits, seed) if name == "vamp" else None
             prior = fit_density(name, codes, vae=vae, images=starts, seed=seed)
             bar(1)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began + sum(fitted[part][1] for part in parts)
     if directory is not None:
         where = directory / f"{name}-{seed}"
-        if own is not None:
+        if isinstance(prior, NoiseContrastivePrior):
             prior.save_pretrained(where)
         else:
             save_density(prior, where)
@@ -328,7 +350,7 @@ def load_fitted(
     known = read_json(where / "fit.json")
     if known["vae"] != fingerprint(vae) or (fit is not None and known["fit"] != fit):
         return None
-    if ratio_options(name) is None:
+    if ratio_options(name) is None and not parts_of(name):
         return load_density(where), known["seconds"]
     return NoiseContrastivePrior.from_pretrained(where, vae=vae), known["seconds"]
 

@@ -1,6 +1,7 @@
 """How large the hole in the prior is, and how much of it a noise contrastive prior closes."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -188,6 +189,28 @@ def fit_summary(prior: NoiseContrastivePrior) -> str:
         lines.append(f"log Z {figures['log_z'].text()} {figures['log_z'].error()} nats.")
     said = merged_warnings(prior, findings) + inactive_note(prior)
     return "\n".join(lines + [f"! {text}" for text in said])
+
+
+def combined_summary(prior: NoiseContrastivePrior) -> str:
+    """What `combine` found, as text: a table of the parts, and what they win together."""
+    from rich.table import Table
+
+    record, shown = prior.record, Table()
+    shown.add_column("prior")
+    shown.add_column("weight", justify="right")
+    shown.add_column("nats won over the VAE's prior", justify="right")
+    together = {"name": "together", "weight": math.nan} | record["bound"]
+    for part in [*record["combined"], together]:
+        weight = "" if math.isnan(part["weight"]) else f"{part['weight']:.2f}"
+        shown.add_row(part["name"], weight, f"{part['value']:.3f} ± {part['se']:.3f}")
+    gain, count = record["gain"], record["heldout_images"]
+    said = (
+        f"Together they win {gain['value']:.3f} ± {gain['se']:.3f} nats more than the best alone: "
+        f"in the ELBO, of the {count:,} images that chose the weights."
+    )
+    if gain["value"] < 2 * gain["se"]:
+        said += " That is within the error; the best alone costs less."
+    return f"{as_text(shown)}\n{said}"
 
 
 def held_out_figures(prior: NoiseContrastivePrior) -> Figures:

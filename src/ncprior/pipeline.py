@@ -24,8 +24,8 @@ from ncprior.runs import Run
 from ncprior.scoreboard import Comparison, save_comparison
 from ncprior.shares import Parts, process_place, share_of
 from ncprior.sources import Source, WithEnergy, training_images
-from ncprior.storage import replacing, write_bytes
-from ncprior.training import fit_prior, train_vae
+from ncprior.storage import fingerprint, replacing, write_bytes
+from ncprior.training import combine, fit_prior, train_vae
 from ncprior.training.processes import in_turn, make_fabric
 from ncprior.vaebm import ImageEnergy, fit_energy
 from ncprior.vaes import build_vae
@@ -171,6 +171,52 @@ def fit_run(
     run.write_config()
     checkpoint.unlink(missing_ok=True)
     return prior
+
+
+def combine_run(
+    run: Run,
+    priors: Sequence[str],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> NoiseContrastivePrior:
+    """Combine priors of a run's VAE into a run directory of their own, by the validation images.
+
+    Each of `priors` is "ncp", the name of one that `compare` fitted with seed 0, or another run
+    directory of the same VAE whose NCP is meant.
+    """
+    if (out / "config.toml").exists() and not overwrite:
+        raise ValueError(f"{out} already holds a run; pass --overwrite, or another --out")
+    if out.resolve() == run.path.resolve():
+        raise ValueError(f"--out must be another directory than {run.path}, whose prior stays")
+    Run.check_new(out)
+    vae = run.load_vae()
+    found = [_named_prior(run, vae, name) for name in priors]
+    data, splits = run.load_data()
+    prior = combine(
+        vae, found, data, rows=splits.validation, names=list(priors), progress=progress, **options
+    ).cpu()
+    config = {k: v for k, v in run.config.items() if isinstance(v, dict) and k != "fit"}
+    made = _start(config, out, False, overwrite)
+    made.write_splits(**splits._asdict())
+    made.save_vae(vae)
+    made.save_prior(prior)
+    return prior
+
+
+def _named_prior(run: Run, vae: Any, name: str) -> Any:
+    if name == "ncp":
+        return run.load_prior(vae)
+    if not (Path(name) / "config.toml").exists():
+        return load_compared(run, vae, name)
+    other = Run.open(Path(name))
+    if fingerprint(other.load_vae()) != fingerprint(vae):
+        raise ValueError(
+            f"{name} holds another VAE than {run.path}: only priors of one VAE can be combined"
+        )
+    return other.load_prior(vae)
 
 
 def energy_run(

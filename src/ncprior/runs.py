@@ -50,13 +50,18 @@ class Run:
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> Self:
         """Make the directory and write the recipe into it."""
+        cls.check_new(path)
+        run = cls(path, {"format": FORMAT, "version": __version__} | recipe)
+        run.write_config()
+        return run
+
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """Raise ValueError where no run directory can be made."""
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {path} is a file; name a directory that is new or a run")
         if path.is_dir() and any(path.iterdir()) and not (path / "config.toml").exists():
             raise ValueError(f"--out {path} holds other files; name an empty or new directory")
-        run = cls(path, {"format": FORMAT, "version": __version__} | recipe)
-        run.write_config()
-        return run
 
     @classmethod
     def open(cls, path: Path) -> Self:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ncprior.groups import check_groups
 from ncprior.numerics import LogZ
 from ncprior.priors.pretrained import load_prior, save_prior
-from ncprior.ratios import RatioNetwork, ReencodedRatio, SummedRatio, UnitRatio
+from ncprior.ratios import CombinedRatio, RatioNetwork, ReencodedRatio, SummedRatio, UnitRatio
 from ncprior.storage import fingerprint
 from ncprior.walk import Density, Group
 
@@ -46,6 +46,9 @@ class NoiseContrastivePrior(nn.Module):
             raise ValueError("ratios must hold one module per latent group, got none")
         self.ratios = nn.ModuleList(ratios)
         self.base: Any = base
+        for ratio in ratios:
+            if isinstance(ratio, CombinedRatio):
+                ratio.stand_on(base)
         self.log_z = log_z
         self.weighs_in: torch.dtype | None = None  # the precision of the ratios; None for that of z
         self.record: dict[str, Any] = {}  # how it was fitted: kept beside the weights
@@ -163,7 +166,12 @@ class NoiseContrastivePrior(nn.Module):
         return joined.train(first.training)
 
     def in_bfloat16(self) -> Self:
-        """A copy whose ratios are computed in bfloat16; the base keeps its precision."""
+        """A copy whose ratios are computed in bfloat16; the base keeps its precision.
+
+        The prior itself if it was combined from others, whose densities would lose too much.
+        """
+        if any(isinstance(ratio, CombinedRatio) for ratio in self.ratios):
+            return self
         other = copy.copy(self)
         other.weighs_in = torch.bfloat16
         other._modules = self._modules | {"ratios": copy.deepcopy(self.ratios).bfloat16()}

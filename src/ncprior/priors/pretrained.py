@@ -15,7 +15,14 @@ from ncprior.priors.mixture import GaussianMixture
 from ncprior.priors.snis import SNISPrior
 from ncprior.priors.two_stage import TwoStagePrior
 from ncprior.priors.vamp import VampPrior
-from ncprior.ratios import NETWORKS, MatchedRatio, ReencodedRatio, SummedRatio, UnitRatio
+from ncprior.ratios import (
+    NETWORKS,
+    CombinedRatio,
+    MatchedRatio,
+    ReencodedRatio,
+    SummedRatio,
+    UnitRatio,
+)
 from ncprior.storage import load_tensors, restore, save_tensors
 
 FORMAT = 2
@@ -40,7 +47,7 @@ def save_prior(prior: Any, directory: Path) -> None:
     config = {
         "format": FORMAT,
         "class": "NoiseContrastivePrior",
-        "ratios": [_config(ratio, "a ratio") for ratio in prior.ratios],
+        "ratios": [_ratio_config(ratio) for ratio in prior.ratios],
         "base": None if prior.base is None else _base_config(prior.base),
         "log_z": log_z,
         "record": prior.record,
@@ -96,8 +103,7 @@ def load_density(directory: str | Path) -> Any:
             f"{directory}/config.json is not of format {DENSITY_FORMAT}; fit the prior anew"
         )
     try:
-        with first_weights(0):  # thrown away
-            prior = BASES[config.pop("kind")](**config)
+        prior = _base(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{directory}/config.json is not one that this version reads "
@@ -109,14 +115,17 @@ def load_density(directory: str | Path) -> Any:
 
 def _from_config(cls: type, config: dict[str, Any]) -> Any:
     ratios = [_ratio(options) for options in config["ratios"]]
-    base = None
-    if config["base"] is not None:
-        with first_weights(0):  # thrown away
-            base = BASES[config["base"].pop("kind")](**config["base"])
+    base = None if config["base"] is None else _base(config["base"])
     log_z = None if config["log_z"] is None else LogZ(**config["log_z"])
     prior = cls(ratios, base, log_z=log_z)
     prior.record = config["record"]
     return prior
+
+
+def _base(options: dict[str, Any]) -> Any:
+    """A density of `BASES` with fresh weights from its config."""
+    with first_weights(0):  # thrown away
+        return BASES[options.pop("kind")](**options)
 
 
 def _ratio(options: dict[str, Any]) -> Any:
@@ -126,9 +135,25 @@ def _ratio(options: dict[str, Any]) -> Any:
         return SummedRatio([_ratio(part) for part in options["parts"]])
     if name == "matched":
         return MatchedRatio(_ratio(options["of"]))
+    if name == "combined":
+        options["ratios"] = [_ratio(part) for part in options["ratios"]]
+        options["bases"] = [_base(part) for part in options["bases"]]
+        return CombinedRatio(**options)
     if name == "reencoded":
         return ReencodedRatio(_ratio(options["of"]), options["latent_size"])
     return UnitRatio() if name == "unit" else NETWORKS[name](**options)
+
+
+def _ratio_config(ratio: Any) -> dict[str, Any]:
+    if not isinstance(ratio, CombinedRatio):
+        return _config(ratio, "a ratio")
+    return {
+        "network": "combined",
+        "ratios": [_ratio_config(part) for part in ratio.ratios],
+        "bases": [_base_config(part) for part in ratio.bases],
+        "places": list(ratio.places),
+        "latent_size": ratio.latent_shape[0],
+    }
 
 
 def _config(module: Any, what: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ncprior.ratios.combined import CombinedRatio
 from ncprior.ratios.convolutional import ConvRatio
 from ncprior.ratios.flat import MLPRatio, ResidualRatio
 from ncprior.ratios.matched import MatchedRatio
@@ -16,6 +17,7 @@ NETWORKS: dict[str, Any] = {"mlp": MLPRatio, "residual": ResidualRatio, "conv": 
 
 __all__ = [
     "NETWORKS",
+    "CombinedRatio",
     "ConvRatio",
     "MLPRatio",
     "MatchedRatio",

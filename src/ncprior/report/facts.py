@@ -69,6 +69,8 @@ def _number(text: str | None) -> float:
 def fitting(prior: NoiseContrastivePrior) -> Rows:
     """How stage 2 went."""
     record = prior.record
+    if "combined" in record:
+        return _combined(record)
     groups = [group for group in record["groups"] if group is not None]
     kept = f"{record['best_step']:,}, where the held-out loss was lowest"
     if len(record["groups"]) > 1:
@@ -92,6 +94,20 @@ def fitting(prior: NoiseContrastivePrior) -> Rows:
             ("KL(q(z|x) ‖ p(z))", f"{group['kl']:.2f} nats"),
         ]
     return rows
+
+
+def _combined(record: dict[str, Any]) -> Rows:
+    """The priors that one was combined from, with what each wins in the ELBO."""
+    rows = [
+        (part["name"], f"weight {part['weight']:.2f}; alone {_nats(part)} over the VAE’s prior")
+        for part in record["combined"]
+    ]
+    more = f"{_nats(record['bound'])}; {_nats(record['gain'])} more than the best alone"
+    return [*rows, ("Together", more), ("Images that chose", f"{record['heldout_images']:,}")]
+
+
+def _nats(won: dict[str, float]) -> str:
+    return f"{won['value']:.3f} ± {won['se']:.3f} nats"
 
 
 def tables(

@@ -1,0 +1,231 @@
+"""Priors of one frozen VAE, combined into one: a weighted geometric mean, normalised anew.
+
+With priors p_i and the VAE's own p, log p + sum_i w_i (log p_i - log p) - c is an exponential
+family in w, so that E_q[log density], which the ELBO gains from, is concave in w: one maximum.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from ncprior.data import ImageDataset, as_dataset
+from ncprior.metrics import base_log_ratios
+from ncprior.normal import StandardNormal
+from ncprior.numerics import log_mean_exp, log_z, mean_and_se, stream
+from ncprior.priors import NoiseContrastivePrior
+from ncprior.ratios import CombinedRatio, UnitRatio
+from ncprior.storage import fingerprint
+from ncprior.training.heldout import HeldOut
+from ncprior.training.processes import make_fabric
+from ncprior.training.progress import Bar, progress_bar
+from ncprior.training.ratio_job import log_ratios
+from ncprior.training.verdict import calibrate_and_judge
+from ncprior.walk import evaluating
+
+DRAWS = 100_000  # of the base, for the normaliser while the weights are found
+LOG_Z_DRAWS = 200_000  # other draws, for log Z
+MOST = 2.0  # weight of one prior
+AT_ONCE = 4096
+
+
+class _Part(NamedTuple):
+    """A prior as log r + log b."""
+
+    ratio: nn.Module
+    base: Any
+
+
+def combine(
+    vae: Any,
+    priors: Sequence[Any],
+    data: ImageDataset | Tensor,
+    *,
+    rows: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> NoiseContrastivePrior:
+    """The weighted geometric mean of priors of one frozen VAE, as a noise contrastive prior.
+
+    Its weights, none below 0, are those of the best ELBO on `rows`. What they lack of 1 is the
+    weight of the VAE's own prior, a negative one if they are more. Its base is the density among
+    the priors and their bases that posterior draws of `rows` like best: from a good one SIR needs
+    few proposals.
+
+    Args:
+        vae: The VAE that all of them were fitted on; one latent group, flat latents.
+        priors: At least two, each a `NoiseContrastivePrior` with a density as its base, or a
+            density (mixture, flow, ...), not normalised where it need not be.
+        data: An `ImageDataset` or a tensor (n, c, h, w) in [0, 1].
+        rows: Rows that no prior was fitted on, such as validation images; all by default.
+        names: What to call the priors in the record.
+        seed: Seed of all draws.
+        device: "auto", "cpu", "cuda" or "mps".
+        progress: Show a progress bar.
+
+    Returns:
+        The prior. `record["combined"]` says the weight of each part and what it wins alone over
+        the VAE's prior, E_q[log p_i - log p] in nats; `record["bound"]` what the whole wins, and
+        `record["gain"]` by how much that is more than the best part; with errors over images.
+
+    Raises:
+        ValueError: fewer than two priors, a prior of another VAE or without a density, before
+            anything is drawn.
+    """
+    parts = _parts(vae, priors)
+    names = list(names or (f"prior {i + 1}" for i in range(len(priors))))
+    if len(names) != len(priors):
+        raise ValueError(f"names must be {len(priors)}, one for each prior, got {len(names)}")
+    data = as_dataset(data)
+    rows = torch.arange(len(data)) if rows is None else rows
+    if len(rows) < 2:
+        raise ValueError(f"rows must name at least 2 images that no prior saw, got {len(rows)}")
+    device_ = make_fabric(device, "32-true", alone=True).device
+    own = vae.to(device_).prior
+    for part in parts:
+        part.ratio.to(device_)
+        part.base.to(device_)
+    total = DRAWS + LOG_Z_DRAWS
+    with evaluating(vae), progress_bar("combining priors", total, shown=progress) as bar:
+        held = HeldOut(vae, data, rows, [0], seed=seed, device=device_)
+        at_q = torch.cat([pairs[0].posterior for pairs in held])
+        base = _best_base([own, *(part.base for part in parts)], at_q)
+        ratio = _ratio([*parts, _Part(UnitRatio(), own)], base)
+        there = _in_pieces(ratio.each, at_q)
+        draws = base.sample((DRAWS,), generator=stream(seed, "combining", device=device_))
+        here = _in_pieces(ratio.each, draws, bar)
+        weights, c = best_weights(there.mean(0), here)
+        ratio.weights.copy_(weights)
+        ratio.offset.fill_(c)
+        wins = torch.cat([there[:, :-1], (there @ weights)[:, None]], 1) - there[:, -1:]
+        z = [log_z(x).value for x in [*here[:, :-1].T, here @ weights]]
+        bounds = [_bound(wins[:, i], z[i], held.images) for i in range(len(z))]
+
+        prior = NoiseContrastivePrior([ratio], base).eval().requires_grad_(False)
+        under = vae.with_prior(base)
+        pairs = HeldOut(under, data, rows, [0], seed=seed, device=device_)
+        found = log_ratios(ratio, pairs)
+        judged = calibrate_and_judge(
+            ratio, found, found, pairs.kls[0], heldout_images=pairs.images, seed=seed, fit=False
+        )
+        prior.log_z = log_z(base_log_ratios(
+            under, prior, LOG_Z_DRAWS, generator=stream(seed, "log z", device=device_),
+            on_draws=lambda done: bar(DRAWS + done),
+        ))  # fmt: skip
+    best = max(range(len(parts)), key=lambda i: float(bounds[i].mean()))
+    prior.record = {
+        "settings": {"combined": " + ".join(names)},
+        "seed": seed,
+        "heldout_images": len(rows),
+        "vae": fingerprint(vae),
+        "base": None,
+        "groups": [judged],
+        "combined": [
+            {"name": name, "weight": float(weight)} | mean_and_se(bound)._asdict()
+            for name, weight, bound in zip(names, weights, bounds, strict=False)
+        ],
+        "bound": mean_and_se(bounds[-1])._asdict(),
+        "gain": mean_and_se(bounds[-1] - bounds[best])._asdict(),
+    }
+    return prior
+
+
+def best_weights(mean_at_q: Tensor, at_base: Tensor) -> tuple[Tensor, float]:
+    """The w that add up to 1 of the largest w.E_q[f] - log E_b[exp(w.f)], and that logarithm.
+
+    None but the last is below 0.
+
+    Args:
+        mean_at_q: E_q[f], (I,).
+        at_base: f at draws of the base b, (n, I).
+    """
+    last = at_base[:, -1]
+    over_last, mean = at_base[:, :-1] - last[:, None], (mean_at_q[:-1] - mean_at_q[-1]).cpu()
+
+    def cost(w: Any) -> tuple[float, Any]:
+        some = torch.as_tensor(w, device=last.device)
+        weighted = over_last @ some + last
+        slope = (weighted.softmax(0) @ over_last).cpu() - mean
+        return float(log_mean_exp(weighted)) - float(mean @ some.cpu()), slope.numpy()
+
+    count = len(mean)
+    start = np.full(count, 1 / count)
+    found = minimize(cost, start, jac=True, method="L-BFGS-B", bounds=[(0, MOST)] * count)
+    some = torch.as_tensor(found.x, device=last.device)
+    return torch.cat([some, 1 - some.sum()[None]]), float(log_mean_exp(over_last @ some + last))
+
+
+def _parts(vae: Any, priors: Sequence[Any]) -> list[_Part]:
+    """The priors as ratios on densities, if they can be combined."""
+    if vae.num_groups != 1:
+        raise ValueError(
+            f"combine needs a VAE with one latent group, this one has {vae.num_groups}"
+        )
+    if len(getattr(getattr(vae, "prior", None), "event_shape", ())) != 1:
+        raise ValueError("combine needs a VAE with flat latents whose `prior` is a density")
+    if len(priors) < 2:
+        raise ValueError(f"priors must hold at least two to combine, got {len(priors)}")
+    own, parts = fingerprint(vae), []
+    known: dict[Any, Any] = {_identity(vae.prior): vae.prior}
+    for i, prior in enumerate(priors):
+        ratio: Any = UnitRatio()
+        base = prior
+        if isinstance(prior, NoiseContrastivePrior):
+            if prior.record.get("vae", own) != own:
+                raise ValueError(
+                    f"priors[{i}] was fitted on another VAE; fit one on this VAE first"
+                )
+            prior.attach(vae)
+            ratio, base = prior.ratios[0], vae.prior if prior.base is None else prior.base
+        if isinstance(ratio, UnitRatio) and _identity(base) == _identity(vae.prior):
+            raise ValueError(f"priors[{i}] is the VAE's own, which is in every combination")
+        slow = getattr(base, "slow_density", False)
+        if slow or not (base.normalized or hasattr(base, "unnormalized_log_prob")):
+            what = "one that takes an equation for each latent" if slow else "no density"
+            raise ValueError(f"priors[{i}] cannot be combined: a {type(base).__name__} has {what}")
+        parts.append(_Part(ratio, known.setdefault(_identity(base), base)))
+    return parts
+
+
+def _identity(density: Any) -> Any:
+    """The same for equal densities, so that one that several priors stand on is kept once."""
+    if isinstance(density, StandardNormal):
+        return StandardNormal
+    weighted = isinstance(density, nn.Module) and density.state_dict()
+    return (type(density), fingerprint(density)) if weighted else id(density)
+
+
+def _best_base(densities: Sequence[Any], at_q: Tensor) -> Any:
+    """That of the highest mean log-density at draws of q."""
+    apart = {id(density): density for density in densities if density.normalized}
+    return max(apart.values(), key=lambda density: float(_in_pieces(density.log_prob, at_q).mean()))
+
+
+def _ratio(parts: Sequence[_Part], base: Any) -> CombinedRatio:
+    """The parts over the base, each density kept once; equal weights at first."""
+    others = {id(p.base): p.base for p in parts if p.base is not base}
+    places = [0 if p.base is base else 1 + list(others).index(id(p.base)) for p in parts]
+    (size,) = base.event_shape
+    ratio = CombinedRatio([p.ratio for p in parts], list(others.values()), places, size, base)
+    return ratio.to(next(base.buffers(), None))
+
+
+@torch.no_grad()
+def _in_pieces(function: Any, z: Tensor, bar: Bar | None = None) -> Tensor:
+    """In float64."""
+    pieces = []
+    for some in z.split(AT_ONCE):
+        pieces.append(function(some).double())
+        if bar is not None:
+            bar(min(len(pieces) * AT_ONCE, len(z)))
+    return torch.cat(pieces)
+
+
+def _bound(log_p: Tensor, log_z: float, images: int) -> Tensor:
+    """What a prior wins in nats for each image, (images,); draws of one are `images` apart."""
+    return log_p.view(-1, images).mean(0) - log_z

@@ -1,0 +1,184 @@
+"""Priors combined into one, against products of normal densities."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal as TorchNormal
+from torch.distributions import kl_divergence
+from toys import TwoGroups, gaussian_images, linear_vae, true_log_ratio
+
+import ncprior
+from ncprior.normal import StandardNormal
+from ncprior.priors import GaussianMixture, NoiseContrastivePrior
+from ncprior.ratios import CombinedRatio, ReencodedRatio, ResidualRatio, UnitRatio
+from ncprior.storage import fingerprint
+from ncprior.training import combining
+from ncprior.training.combining import best_weights
+
+MEAN, SPREAD = 0.8, 0.6
+QUIET = {"progress": False, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(combining, "DRAWS", 20_000)
+    monkeypatch.setattr(combining, "LOG_Z_DRAWS", 20_000)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return linear_vae(MEAN, SPREAD)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return gaussian_images(20_000, torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def z():
+    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(1))
+    return MEAN + SPREAD * noise
+
+
+def normal(mean, spread):
+    """N(mean, spread^2 I) as a density that can be kept."""
+    found = GaussianMixture(1, 2)
+    found.means.fill_(mean)
+    found.cholesky.copy_(spread * torch.eye(2))
+    found.precision.copy_(torch.eye(2) / spread)
+    return found
+
+
+def random_ratio(seed, size=2):
+    torch.manual_seed(seed)
+    return ResidualRatio(size, width=8, blocks=1).eval()
+
+
+@pytest.mark.parametrize("w", [0.4, 0.5, 0.65])
+def test_weights_that_make_q_of_its_neighbours(vae, data, z, w):
+    """N(0, 1)^(1 - 2w) N(u - d, S^2)^w N(u + d, S^2)^w is N(m, s^2) normalised, for some u and S.
+
+    Precisions add up, 1 - 2w + 2w / S^2 = 1 / s^2, and so do precisions times means.
+    """
+    wide = (2 * w / (SPREAD**-2 - 1 + 2 * w)) ** 0.5
+    middle = MEAN * wide**2 / (2 * w * SPREAD**2)
+    laws = [(middle - 0.2, wide), (middle + 0.2, wide)]
+    parts = [normal(*law) for law in laws]
+    prior = ncprior.combine(vae, parts, data, seed=0, names=["low", "high"], **QUIET)
+    record, q = prior.record, TorchNormal(MEAN, SPREAD)
+    whole = 2 * kl_divergence(q, TorchNormal(0.0, 1.0))
+    for part, name, law in zip(record["combined"], ["low", "high"], laws, strict=True):
+        assert part["name"] == name and part["weight"] == pytest.approx(w, abs=0.04)
+        won = float(whole - 2 * kl_divergence(q, TorchNormal(*law)))
+        assert part["value"] == pytest.approx(won, abs=4 * part["se"] + 0.01)
+    assert record["bound"]["value"] == pytest.approx(float(whole), abs=4 * record["bound"]["se"])
+    assert record["gain"]["value"] > 5 * record["gain"]["se"]
+    assert any(prior.base is part for part in parts)  # nearer to q than N(0, I)
+    assert abs(prior.log_z.value) < 0.03
+    assert prior.ratios[0].weights.sum() == pytest.approx(1)
+    off = prior.log_prob(z) - TorchNormal(0.0, 1.0).log_prob(z).sum(-1) - true_log_ratio(z)
+    assert off.square().mean().sqrt() < 0.05
+    drawn = ncprior.draw(vae, prior, 4000, seed=0, proposals=64).latents[0]
+    assert (drawn.mean(0) - MEAN).abs().max() < 0.04
+    assert (drawn.std(0) - SPREAD).abs().max() < 0.04
+
+
+def test_one_that_is_right_gets_all_the_weight(vae, data):
+    wrong = normal(-0.5, 0.5)
+    prior = ncprior.combine(vae, [wrong, normal(MEAN, SPREAD)], data, **QUIET)
+    low, high = (part["weight"] for part in prior.record["combined"])
+    assert low < 0.02 and high == pytest.approx(1, abs=0.04)
+    assert abs(prior.record["gain"]["value"]) < 3 * prior.record["gain"]["se"] + 0.002
+
+
+def test_best_weights_against_a_grid():
+    generator = torch.Generator().manual_seed(3)
+    at_base = torch.randn(5000, 3, generator=generator, dtype=torch.float64)
+    mean = torch.tensor([0.5, -0.9, 0.2], dtype=torch.float64)  # the second is low, whatever w
+    found, c = best_weights(mean, at_base)
+    worth = lambda w: w @ mean - (at_base @ w).logsumexp(0) + math.log(5000)
+    grid = [torch.tensor([*w, 1 - sum(w)], dtype=torch.float64) for w in
+            itertools.product(torch.linspace(0, 2, 101).tolist(), repeat=2)]  # fmt: skip
+    best = max(grid, key=worth)
+    assert found.sum() == pytest.approx(1) and found[1] == 0 and abs(found[0] - best[0]) < 0.02
+    assert float(worth(found)) >= float(worth(best)) - 1e-9
+    assert c == pytest.approx(float(found @ mean - worth(found)), rel=1e-5)
+
+
+def test_priors_on_other_bases(vae, data, z):
+    """Each part is log r_i + log b_i, whatever the base that was chosen."""
+    near, far = normal(MEAN, SPREAD), normal(0.3, 1.0)
+    networks = [random_ratio(i) for i in range(3)]
+    of_vae = fingerprint(vae)
+    priors = [NoiseContrastivePrior([r], b) for r, b in
+              zip(networks, [vae.prior, near, copy.deepcopy(near)], strict=True)]  # fmt: skip
+    for prior in priors:
+        prior.record |= {"vae": of_vae, "fitted_images": 10}
+    found = ncprior.combine(vae, [*priors, far], data, **QUIET)
+    (ratio,) = found.ratios
+    assert found.base is near and ratio.places == (1, 0, 0, 2, 1)  # the copy is not kept again
+    own, of_near = vae.prior.log_prob(z), near.log_prob(z)
+    log_b = [own, of_near, of_near, far.log_prob(z), own]
+    log_r = [*(network(z) for network in networks), 0, 0]
+    want = sum(w * (r + b - near.log_prob(z))
+               for w, r, b in zip(ratio.weights, log_r, log_b, strict=True))  # fmt: skip
+    torch.testing.assert_close(found.log_ratio(0, z), want - ratio.offset)
+    point = z.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(found.log_ratio(0, point).sum(), point)
+    nudged = (found.log_ratio(0, z + 1e-2) - found.log_ratio(0, z - 1e-2)) / 2e-2
+    torch.testing.assert_close(slope.sum(1), nudged, rtol=0.02, atol=0.02)
+
+
+def test_kept_and_read_again(vae, data, z, tmp_path):
+    """A combination of a combination and of a ratio that looks at decoded latents."""
+    reencoded = ReencodedRatio(random_ratio(0, 11), 2, vae).eval()
+    first = NoiseContrastivePrior([reencoded], normal(MEAN, SPREAD))
+    first.record = {"vae": fingerprint(vae), "fitted_images": 10}
+    second = ncprior.combine(vae, [normal(0.5, 0.7), normal(0.9, 0.7)], data, **QUIET)
+    prior = ncprior.combine(vae, [first, second], data, **QUIET)
+    prior.save_pretrained(tmp_path)
+    known = NoiseContrastivePrior.from_pretrained(tmp_path, vae=vae)
+    torch.testing.assert_close(known.log_ratio(0, z), prior.log_ratio(0, z))
+    torch.testing.assert_close(known.log_prob(z), prior.log_prob(z))
+    assert known.record == prior.record
+    apart = copy.deepcopy(prior)
+    prior.base.means.add_(5)  # what the copy stands on is its own
+    torch.testing.assert_close(apart.log_ratio(0, z), known.log_ratio(0, z))
+
+
+def test_bfloat16_is_not_for_densities(vae, data):
+    prior = ncprior.combine(vae, [normal(0.5, 0.7), normal(0.9, 0.7)], data, **QUIET)
+    want = ncprior.draw(vae, prior, 50, seed=0, proposals=16).latents[0]
+    found = ncprior.draw(vae, prior, 50, seed=0, proposals=16, bfloat16=True).latents[0]
+    torch.testing.assert_close(found, want)
+
+
+def test_bad_input(vae, data):
+    one = normal(0.5, 0.7)
+    with pytest.raises(ValueError, match="priors must hold at least two to combine, got 1"):
+        ncprior.combine(vae, [one], data, **QUIET)
+    with pytest.raises(ValueError, match="names must be 2, one for each prior, got 1"):
+        ncprior.combine(vae, [one, one], data, names=["a"], **QUIET)
+    with pytest.raises(ValueError, match=r"rows must name at least 2 images .* got 0"):
+        ncprior.combine(vae, [one, one], data, rows=torch.tensor([], dtype=torch.long), **QUIET)
+    with pytest.raises(ValueError, match="one latent group, this one has 2"):
+        ncprior.combine(TwoGroups(), [one, one], data, **QUIET)
+    other = NoiseContrastivePrior([UnitRatio()], one)
+    other.record["vae"] = "another"
+    with pytest.raises(ValueError, match=r"priors\[1\] was fitted on another VAE"):
+        ncprior.combine(vae, [one, other], data, **QUIET)
+    with pytest.raises(ValueError, match=r"priors\[1\] is the VAE's own"):
+        ncprior.combine(vae, [one, StandardNormal(2)], data, **QUIET)
+    bounded = ncprior.priors.PRIORS["two-stage"](2)
+    with pytest.raises(ValueError, match=r"priors\[0\] .* a TwoStagePrior has no density"):
+        ncprior.combine(vae, [bounded, one], data, **QUIET)
+    with pytest.raises(ValueError, match="takes an equation for each latent"):
+        ncprior.combine(vae, [one, ncprior.priors.PRIORS["diffusion"](2)], data, **QUIET)
+    with pytest.raises(ValueError, match="needs the density that it stands on"):
+        CombinedRatio([UnitRatio(), UnitRatio()], [one], [0, 1], 2)(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="places must name one of 2 densities"):
+        CombinedRatio([UnitRatio()], [one], [2], 2, StandardNormal(2))
