@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from ncprior.data import ImageDataset, as_dataset
@@ -147,6 +146,8 @@ def best_weights(mean_at_q: Tensor, at_base: Tensor) -> tuple[Tensor, float]:
         mean_at_q: E_q[f], (I,).
         at_base: f at draws of the base b, (n, I).
     """
+    from scipy.optimize import minimize  # which changes warning filters when it is imported
+
     last = at_base[:, -1]
     over_last, mean = at_base[:, :-1] - last[:, None], (mean_at_q[:-1] - mean_at_q[-1]).cpu()
 
