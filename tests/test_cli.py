@@ -162,6 +162,10 @@ def test_combine(capsys, trained, tmp_path, monkeypatch):
     ):
         code, _, err = run(capsys, "combine", one, *wrong, "--out", tmp_path / "no")
         assert code == 2 and said in err and not (tmp_path / "no").exists()
+    for taken in (one, other):  # which would be lost
+        code, _, err = run(capsys, "combine", one, "ncp", other, "--out", taken, "--overwrite")
+        assert code == 2 and "another directory than those combined" in err
+        assert (taken / "ncp" / "config.json").exists()
     vae = load_file(other / "vae" / "model.safetensors")
     name = next(iter(vae))
     save_file(vae | {name: vae[name] + 1}, other / "vae" / "model.safetensors")

@@ -189,8 +189,8 @@ def combine_run(
     """
     if (out / "config.toml").exists() and not overwrite:
         raise ValueError(f"{out} already holds a run; pass --overwrite, or another --out")
-    if out.resolve() == run.path.resolve():
-        raise ValueError(f"--out must be another directory than {run.path}, whose prior stays")
+    if out.resolve() in {path.resolve() for path in (run.path, *map(Path, priors))}:
+        raise ValueError(f"--out must be another directory than those combined, got {out}")
     Run.check_new(out)
     vae = run.load_vae()
     found = [_named_prior(run, vae, name) for name in priors]

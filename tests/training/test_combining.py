@@ -176,6 +176,9 @@ def test_bad_input(vae, data):
     bounded = ncprior.priors.PRIORS["two-stage"](2)
     with pytest.raises(ValueError, match=r"priors\[0\] .* a TwoStagePrior has no density"):
         ncprior.combine(vae, [bounded, one], data, **QUIET)
+    plain = torch.distributions.Normal(torch.zeros(2), 1.0)
+    with pytest.raises(ValueError, match=r"priors\[1\] .* must be a module .* got a Normal"):
+        ncprior.combine(vae, [one, plain], data, **QUIET)
     with pytest.raises(ValueError, match="takes an equation for each latent"):
         ncprior.combine(vae, [one, ncprior.priors.PRIORS["diffusion"](2)], data, **QUIET)
     with pytest.raises(ValueError, match="needs the density that it stands on"):

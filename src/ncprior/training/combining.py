@@ -97,7 +97,7 @@ def combine(
         held = HeldOut(vae, data, rows, [0], seed=seed, device=device_)
         at_q = torch.cat([pairs[0].posterior for pairs in held])
         base = _best_base([own, *(part.base for part in parts)], at_q)
-        ratio = _ratio([*parts, _Part(UnitRatio(), own)], base)
+        ratio = _ratio([*parts, _Part(UnitRatio(), own)], base).to(at_q)
         there = _in_pieces(ratio.each, at_q)
         draws = base.sample((DRAWS,), generator=stream(seed, "combining", device=device_))
         here = _in_pieces(ratio.each, draws, bar)
@@ -188,6 +188,11 @@ def _parts(vae: Any, priors: Sequence[Any]) -> list[_Part]:
             ratio, base = prior.ratios[0], vae.prior if prior.base is None else prior.base
         if isinstance(ratio, UnitRatio) and _identity(base) == _identity(vae.prior):
             raise ValueError(f"priors[{i}] is the VAE's own, which is in every combination")
+        if not isinstance(base, nn.Module) or not hasattr(base, "normalized"):
+            raise ValueError(
+                f"priors[{i}] cannot be combined: its density must be a module that says whether "
+                f"it is `normalized`, got a {type(base).__name__}"
+            )
         slow = getattr(base, "slow_density", False)
         if slow or not (base.normalized or hasattr(base, "unnormalized_log_prob")):
             what = "one that takes an equation for each latent" if slow else "no density"
@@ -215,8 +220,7 @@ def _ratio(parts: Sequence[_Part], base: Any) -> CombinedRatio:
     others = {id(p.base): p.base for p in parts if p.base is not base}
     places = [0 if p.base is base else 1 + list(others).index(id(p.base)) for p in parts]
     (size,) = base.event_shape
-    ratio = CombinedRatio([p.ratio for p in parts], list(others.values()), places, size, base)
-    return ratio.to(next(base.buffers(), None))
+    return CombinedRatio([p.ratio for p in parts], list(others.values()), places, size, base)
 
 
 @torch.no_grad()
