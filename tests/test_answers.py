@@ -138,6 +138,39 @@ def test_what_next(prior, changes, advice, sample):
     assert advice not in said()["What next?"]
 
 
+def test_the_gap_is_that_of_the_vae_prior_where_the_base_is_another():
+    """The base is a fitted one: what it closes alone stands beside what the NCP closes on it."""
+    more = {
+        "fd_vae_prior": Figure(9.0, "squared, pixels", 500, 0, 0.03),
+        "gap_closed_base": Figure(0.75, "share", 500, 0, 0.01),
+        "c2st_vae_prior": Figure(0.97, "accuracy", 200, 0, 0.01),
+    }
+    found = said(figures_=figures(gap_closed=0.9) | more)
+    size = found["How large is the hole?"]
+    assert "The base that the ratios stand on has a large hole" in size
+    assert "samples of the VAE's own prior: 97 ± 1 %" in size
+    won = found["What can be won at most?"]
+    assert "from 9.000, that of the VAE's own prior, to 1.000, by 8.000 ± 0.05" in won
+    assert "closes 90 % (± 5) of that gap, its base alone 75 % (± 1)." in won
+    # No gap from a base that is as near as reconstructions is no reason to train another VAE.
+    assert "better VAE" not in said(figures_=figures(fd_base=1.05) | more)["What next?"]
+
+
+@pytest.mark.parametrize(
+    ("won", "advice"),
+    [(-0.3, "Do not use this prior"), (0.15, "no nearer to the data than its base's"), (0.3, "")],
+)
+def test_samples_are_compared_with_those_of_the_base(won, advice):
+    more = {
+        "fd_vae_prior": Figure(9.0, "squared, pixels", 500, 0, 0.03),
+        "gap_closed_base": Figure(0.75, "share", 500, 0, 0.01),
+        "fd_gain_over_base": Figure(won, "squared, pixels", 500, 0, 0.1),
+    }
+    found = said(figures_=figures() | more)["What next?"]
+    assert advice in found and ("Sample: " in found) == (won > 0)
+    assert ("Its samples are no nearer" in found) == (won == 0.15)
+
+
 def of_groups():
     figures_ = {
         f"{name}_{k}": Figure(value, unit, 100, 0, 0.1)

@@ -10,6 +10,7 @@ from ncprior.data import random_splits
 from ncprior.evaluation import draw_each
 from ncprior.metrics import moment_blocks
 from ncprior.nll_figures import nll_figures
+from ncprior.priors import GaussianMixture
 from ncprior.quality_figures import frechet_figures, gap_closed
 from ncprior.sources import Kept, Source, training_images
 
@@ -104,6 +105,7 @@ def test_training_images_are_as_the_encoder_reads_them(binary_digits):
         ({"metrics": ["fid"]}, "metrics must be some of nll, fd, .*, got fid"),
         ({"metrics": []}, "metrics must be some of"),
         ({"priors": {"base": None}}, "priors must have other names than base"),
+        ({"priors": {"vae_prior": None}}, "priors must have other names than vae_prior"),
         ({"metrics": ["nll"], "images": 1}, "images and log_z_draws must be at least 2"),
         ({"metrics": ["fd"], "samples": 10}, "samples must be at least 40"),
     ],
@@ -119,6 +121,31 @@ OPTIONS = {"samples": 60, "proposals": 10, "images": 5, "log_z_draws": 100}
 def test_evaluate_measures_both(data, splits):
     found = ncprior.evaluate(Double(), tilted(), data, splits, **OPTIONS)
     assert {"nll_base", "nll_ncp", "nll_gain", "nll_log_z", "fd_base", "gap_closed"} <= set(found)
+
+
+def test_gains_are_over_the_prior_of_the_vae_where_the_base_is_another(data, splits):
+    """Against the same two measured apart: the VAE alone, and the VAE on that base."""
+    vae, base = Double(sigma=0.05, c=0.1), GaussianMixture(1, 2).double()
+    base.means.fill_(0.5)  # N(0.5, I)
+    prior = ncprior.NoiseContrastivePrior([Tilt()], base)
+    found = ncprior.evaluate(vae, prior, data, splits, **OPTIONS)
+    own = ncprior.evaluate(vae, None, data, splits, **OPTIONS)
+    moved = ncprior.evaluate(vae.with_prior(base), prior, data, splits, **OPTIONS)
+    value = {name: figure.value for name, figure in found.items()}
+    assert found["nll_vae_prior"].value == pytest.approx(own["nll_base"].value, abs=1e-9)
+    assert found["fd_vae_prior"] == own["fd_base"]
+    for name in ("nll_base", "nll_ncp", "fd_base", "fd_ncp"):
+        assert found[name].value == pytest.approx(moved[name].value, abs=1e-9)
+    assert value["nll_gain"] == pytest.approx(value["nll_vae_prior"] - value["nll_ncp"])
+    assert value["nll_gain_base"] == pytest.approx(value["nll_vae_prior"] - value["nll_base"])
+    assert found["nll_gain_over_base"].value == pytest.approx(moved["nll_gain"].value, abs=1e-9)
+    whole = value["fd_vae_prior"] - value["fd_reconstruction"]
+    for name, to in (("gap_closed", "ncp"), ("gap_closed_base", "base")):
+        assert value[name] == pytest.approx((value["fd_vae_prior"] - value[f"fd_{to}"]) / whole)
+    won = value["fd_base"] - value["fd_ncp"]
+    assert value["fd_gain_over_base"] == pytest.approx(won)
+    assert "FD vae prior - FD ncp" in found["gap_closed"].note
+    assert "vae prior" in str(found) and not {"vae_prior", "gap_closed_base"} & set(moved)
 
 
 def test_evaluate_a_vae_alone(data, splits):

@@ -7,7 +7,7 @@ import ncprior
 from ncprior.data import Splits
 from ncprior.feature_training import train_features
 from ncprior.generation import Draws
-from ncprior.metrics import load_features, moment_blocks
+from ncprior.metrics import frechet_distance, load_features, moment_blocks
 from ncprior.numerics import jackknife
 from ncprior.quality_figures import METRICS, frechet_figures, gap_closed, quality_figures
 
@@ -75,6 +75,27 @@ def test_gap_and_its_error_are_those_of_the_jackknife_of_four_sets(three, halves
     expected = jackknife(gap_closed, *sets, against)
     # Some pixels are always black: roots of eigenvalues that should be 0 are off by 1e-8 and more.
     assert (found.value, found.se) == pytest.approx(tuple(expected), rel=1e-5)
+
+
+def test_what_is_won_over_another_base_than_the_prior_of_the_vae(three, halves):
+    """FD base less FD ncp with the error of the pair, and gaps from the VAE's own prior."""
+    data, splits, _ = halves
+    four = {"vae_prior": 0.5 * three["base"] + 0.2} | three
+    found = frechet_figures(four, data, splits)
+    sets = {name: moment_blocks(part.flatten(1)) for name, part in four.items()}
+    against = moment_blocks(data.raw(splits.test).flatten(1))
+    best = sets["reconstruction"]
+
+    def won(base, ncp, reference):
+        return frechet_distance(base, reference) - frechet_distance(ncp, reference)
+
+    expected = {
+        "fd_gain_over_base": jackknife(won, sets["base"], sets["ncp"], against),
+        "gap_closed": jackknife(gap_closed, sets["vae_prior"], sets["ncp"], best, against),
+        "gap_closed_base": jackknife(gap_closed, sets["vae_prior"], sets["base"], best, against),
+    }
+    for name, (value, se) in expected.items():
+        assert (found[name].value, found[name].se) == pytest.approx((value, se), rel=1e-4)
 
 
 class Dropping:

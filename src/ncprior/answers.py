@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ncprior.figures import Figure, Figures
+from ncprior.figures import VAE_PRIOR, Figure, Figures
 from ncprior.group_figures import largest_jsd
 from ncprior.group_findings import GroupFinding, name_groups, words_in_short
 from ncprior.normal import StandardNormal
@@ -71,7 +71,8 @@ def hole(figures: Figures) -> str:
         return ""
     where = "" if group is None else f" in group {group}, the largest"
     words = "hardly any" if jsd.value < 0.01 else "a small" if jsd.value < 0.1 else "a large"
-    said = f"The prior has {words} hole (JSD {jsd.value:.3f} of at most {LOG_2:.3f} nats{where})."
+    which = "The base that the ratios stand on" if _start(figures) == VAE_PRIOR else "The prior"
+    said = f"{which} has {words} hole (JSD {jsd.value:.3f} of at most {LOG_2:.3f} nats{where})."
     if "jsd_test" in figures:
         test = figures["jsd_test"]
         said += (
@@ -82,26 +83,41 @@ def hole(figures: Figures) -> str:
             " A classifier of another kind, fitted anew, tells unseen images' latents from base "
             f"samples with an accuracy of {_share(figures['c2st_base'])}, where chance is 50 %."
         )
+    if "c2st_vae_prior" in figures:
+        said += f" From samples of the VAE's own prior: {_share(figures['c2st_vae_prior'])}."
     return said
 
 
 def winnings(figures: Figures) -> str:
     """How much nearer to the data samples could be, and are; empty if that was not measured."""
-    names = ("fd_base", "fd_ncp", "fd_reconstruction", "gap_closed")
-    if not {*names} - {"fd_ncp"} <= {*figures}:
+    if not {"fd_base", "fd_reconstruction", "gap_closed"} <= {*figures}:
         return ""
-    base, best, closed = (figures[n] for n in ("fd_base", "fd_reconstruction", "gap_closed"))
-    error = math.hypot(base.se or 0, best.se or 0)
-    if base.value - best.value <= 2 * error:
+    start = _start(figures)
+    first, best = figures[f"fd_{start}"], figures["fd_reconstruction"]
+    error = math.hypot(first.se or 0, best.se or 0)
+    own = start == VAE_PRIOR
+    if first.value - best.value <= 2 * error:
+        whose = "samples of the VAE's own prior" if own else "base samples"
         return (
-            f"It hardly shows in {base.unit.removeprefix('squared, ')}: base samples are as near "
+            f"It hardly shows in {first.unit.removeprefix('squared, ')}: {whose} are as near "
             "to the data as reconstructions, so there is next to nothing to win there."
         )
-    return (
-        f"At best a prior could lower the Frechet distance from {base.value:.3f} to "
-        f"{best.value:.3f}, by {base.value - best.value:.3f} ± {error:.2g}; the noise contrastive "
-        f"prior closes {100 * closed.value:.0f} % (± {100 * (closed.se or 0):.0f}) of that gap."
+    of_own = ", that of the VAE's own prior," if own else ""
+    said = (
+        f"At best a prior could lower the Frechet distance from {first.value:.3f}{of_own} to "
+        f"{best.value:.3f}, by {first.value - best.value:.3f} ± {error:.2g}; the noise contrastive "
+        f"prior closes {_percent(figures['gap_closed'])} of that gap"
     )
+    return said + (f", its base alone {_percent(figures['gap_closed_base'])}." if own else ".")
+
+
+def _start(figures: Figures) -> str:
+    """What the gap is counted from: the VAE's own prior, or the base that is it."""
+    return VAE_PRIOR if f"fd_{VAE_PRIOR}" in figures else "base"
+
+
+def _percent(closed: Figure) -> str:
+    return f"{100 * closed.value:.0f} % (± {100 * (closed.se or 0):.0f})"
 
 
 def _where(figures: Figures, findings: Sequence[GroupFinding]) -> str:
@@ -215,7 +231,7 @@ def _next(
     if not groups:
         return ""
     said = []
-    base, best = figures.get("fd_base"), figures.get("fd_reconstruction")
+    base, best = figures.get(f"fd_{_start(figures)}"), figures.get("fd_reconstruction")
     no_gap = False
     if base is not None and best is not None:
         no_gap = base.value - best.value <= 2 * math.hypot(base.se or 0, best.se or 0)
@@ -261,11 +277,18 @@ def _next(
         if ways:
             said.append(f"Few proposals count: {', or '.join(ways)}.")
     closed = figures.get("gap_closed")
-    if closed is not None and not no_gap and closed.value + 2 * (closed.se or 0) < 0:
+    won = figures.get("fd_gain_over_base", closed)  # over the base, in whatever unit
+    worse = won is not None and won.value + 2 * (won.se or 0) < 0
+    if worse:
         said.append("Do not use this prior: its samples are further from the data than the base's.")
+    elif won is not None and won is not closed and won.value < 2 * (won.se or 0):
+        said.append(
+            "Its samples are no nearer to the data than its base's, beyond two errors, and those "
+            "are cheaper; whether it wins likelihood says 'ncprior evaluate'."
+        )
     elif closed is not None and not no_gap and closed.value > NEARLY_ALL:
         said.append("There is little left to win with a prior; what remains is the decoder's.")
-    if not no_gap and (closed is None or closed.value > 0):
+    if not no_gap and not worse:
         said.append(f"Sample: ncprior sample {run} --out samples.npz.")
     return " ".join(said)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ncprior.data import ImageDataset, Splits, as_data
-from ncprior.figures import Figure, Figures, as_json, as_text, from_json, table
+from ncprior.figures import VAE_PRIOR, Figure, Figures, as_json, as_text, from_json, table
 from ncprior.generation import AUTO, Draws, Pool
 from ncprior.latent_figures import latent_figures
 from ncprior.nll_figures import check_has_likelihood, measure_nll
@@ -32,7 +32,8 @@ class Scores(dict[str, Figure]):
         from rich.table import Table
 
         cells, rest = _by_source(self, self.sources)
-        found = Table("figure", *self.sources, "unit", "samples")
+        titles = [name.replace("_", " ") for name in self.sources]
+        found = Table("figure", *titles, "unit", "samples")
         for column in found.columns[1:]:
             column.justify = "right"
         for stem, of_source in cells.items():
@@ -72,6 +73,9 @@ def evaluate(
 ) -> Scores:
     """Measure the base prior, a noise contrastive prior and others by the same draws and images.
 
+    Where the NCP stands on another base, the VAE's own prior is measured, too, under the name
+    "vae_prior": the gap closed and the NLL's gain are counted from there.
+
     Args:
         vae: The VAE.
         prior: The noise contrastive prior, named "ncp"; None measures the base alone.
@@ -109,7 +113,7 @@ def evaluate(
         check_has_likelihood(vae)
     if samples < FEWEST_SAMPLES:
         raise ValueError(f"samples must be at least {FEWEST_SAMPLES}, got {samples}")
-    if taken := {"base", "ncp", "reconstruction"} & set(priors or {}):
+    if taken := {"base", "ncp", VAE_PRIOR, "reconstruction"} & set(priors or {}):
         raise ValueError(f"priors must have other names than {', '.join(sorted(taken))}")
     data, splits = as_data(data, splits, seed)
     kept = Kept(directory, resume=resume)
@@ -144,6 +148,8 @@ def evaluate(
     quality = [name for name in metrics if name in QUALITY_METRICS]
     latents = [name for name in metrics if name in LATENT_METRICS]
     names = ["base", *(["ncp"] if prior is not None else []), *(priors or {})]
+    if prior is not None and prior.has_other_base(vae):
+        names.insert(0, VAE_PRIOR)
     if quality or latents:
         options |= {"proposals": proposals, "progress": progress}
         draws = draw_each(
@@ -179,13 +185,17 @@ def draw_each(
 ) -> dict[str, Draws]:
     """`samples` images from each of base, ncp (if there is one), others, and reconstruction.
 
-    `options` are those of `draw`. The base is the one that the NCP stands on.
+    `options` are those of `draw`. The base is the one that the NCP stands on; if that is not the
+    VAE's own prior, there are images of the latter, too, "vae_prior".
     """
     if samples < FEWEST_SAMPLES:
         raise ValueError(f"samples must be at least {FEWEST_SAMPLES}, got {samples}")
     kept = kept or Kept(None)
     under = vae if prior is None else prior.under(vae)
-    sources = {"base": Source(under)}
+    sources = {}
+    if prior is not None and prior.has_other_base(vae):
+        sources[VAE_PRIOR] = Source(vae)
+    sources["base"] = Source(under)
     if prior is not None:
         sources["ncp"] = Source(vae, prior)
     sources |= {name: Source.of(vae, other) for name, other in (priors or {}).items()}
@@ -204,7 +214,9 @@ def _by_source(
     rest: Figures = {}
     for name, figure in figures.items():
         source = next((s for s in sources if name.endswith(f"_{s}")), None)
-        if source is None or name.startswith("log_z_"):
+        if name in ("nll_gain", "gap_closed"):
+            cells.setdefault(name, {})["ncp"] = figure
+        elif source is None or name.startswith("log_z_") or "_over_" in name:
             rest[name] = figure
         else:
             cells.setdefault(name.removesuffix(f"_{source}"), {})[source] = figure

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ncprior.data import ImageDataset, Splits
-from ncprior.figures import Figure, Figures
+from ncprior.figures import VAE_PRIOR, Figure, Figures
 from ncprior.metrics.likelihood import Bounds, base_log_ratios, importance_weighted_bounds
 from ncprior.metrics.normalizer import METHODS, estimate_log_z
 from ncprior.nll_words import (
@@ -75,6 +75,9 @@ def measure_nll(
     proposals samples. `nll_gain` is base less NCP, image by image. `bpd_*` are the same in bits per
     dimension (channels times pixels).
 
+    If the base is not the VAE's own prior, that has `nll_vae_prior`, and the gains are over it,
+    `nll_gain_base` among them; `nll_gain_over_base` is the NCP's over its base.
+
     Args:
         vae: The VAE.
         data: Its images; binarised dynamically, each test image is drawn once, by `seed`.
@@ -111,7 +114,11 @@ def measure_nll(
         raise ValueError(
             f"log_z_methods must be of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}"
         )
+    others = dict(others or {})
     if prior is not None:
+        own = getattr(vae, "prior", None)
+        if prior.has_other_base(vae) and getattr(own, "normalized", False):
+            others = {VAE_PRIOR: own} | others
         vae = prior.under(vae)
     rows = splits.test[:images]
     proposals = 0 if prior is None else snis_proposals
@@ -121,7 +128,7 @@ def measure_nll(
             data,
             rows,
             prior,
-            dict(others or {}),
+            others,
             importance_samples,
             proposals,
             seed,
@@ -146,14 +153,19 @@ def measure_nll(
         note += f", {density}"
     table = _Table(len(rows), math.prod(data.image_shape), seed, note)
     warnings = pixels_warnings(vae, found.binary) + weights_warnings(found.k_hat)
-    table.add("base", found.nll["base"], 0.0, found.said("base"))
+    start = VAE_PRIOR if VAE_PRIOR in others else "base"  # of gains
+    for name in dict.fromkeys((start, "base")):
+        table.add(name, found.nll[name], 0.0, found.said(name))
     if prior is not None:
         chosen = chosen_method(estimates)
         z = estimates[chosen]
         said = f"{found.said('ncp')}, log Z by {METHOD_NAMES[chosen]}"
         nll = found.nll["ncp"] + z.value
         table.add("ncp", nll, z.se, said)
-        table.add_gain("gain", found.nll["base"] - nll, z.se)
+        table.add_gain("gain", found.nll[start] - nll, z.se)
+        if start != "base":
+            table.add_gain("gain_base", found.nll[start] - found.nll["base"], 0.0)
+            table.add_gain("gain_over_base", found.nll["base"] - nll, z.se)
         if proposals:
             said = f"{found.said('snis')}, K = {proposals}, no log Z needed"
             table.add("snis", found.nll["snis"], found.pool_se, said)
@@ -161,9 +173,11 @@ def measure_nll(
         for method in methods:
             table.figures[f"log_z_{method}"] = log_z_figure(estimates[method], seed, method)
         warnings += log_z_warnings(estimates)
-    for name in others or {}:
+    for name in others:
+        if name == VAE_PRIOR:
+            continue
         table.add(name, found.nll[name], 0.0, found.said(name))
-        table.add_gain(f"gain_{name}", found.nll["base"] - found.nll[name], 0.0)
+        table.add_gain(f"gain_{name}", found.nll[start] - found.nll[name], 0.0)
     return NLL(table.figures, warnings, estimates)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.data import ImageDataset, Splits
-from ncprior.figures import Figure, Figures
+from ncprior.figures import VAE_PRIOR, Figure, Figures
 from ncprior.generation import Draws
 from ncprior.metrics.features import (
     ClassifierFeatures,
@@ -31,7 +31,7 @@ from ncprior.metrics.kernel import kid
 from ncprior.metrics.modes import Modes, class_counts, compare_modes
 from ncprior.metrics.neighbours import as_compared, memorised, nearest
 from ncprior.metrics.precision_recall import prdc
-from ncprior.numerics import stream
+from ncprior.numerics import Estimate, stream
 from ncprior.training.progress import progress_bar
 
 METRICS = ("fd", "fd_infinity", "kid", "prdc", "near", "modes")
@@ -68,7 +68,9 @@ def quality_figures(
         splits: Test images are what samples are measured against; training images are what they
             might have been copied from.
         metrics: Some of
-            "fd": fd_NAME, and gap_closed where base, ncp and reconstruction are among the names;
+            "fd": fd_NAME, and gap_closed where base, ncp and reconstruction are among the names:
+                from the base, or from vae_prior if that is there; then there are gap_closed_base
+                and fd_gain_over_base, FD base less FD ncp, besides;
             "fd_infinity": fd_infinity_NAME, the same for infinitely many images;
             "kid": kid_NAME;
             "prdc": precision_NAME, recall_NAME, density_NAME, coverage_NAME;
@@ -119,7 +121,7 @@ def quality_figures(
                 figures |= figures_of(name, part, found)
                 bar(i * len(made) + j + 1)
     if "fd" in metrics and {"base", "ncp", "reconstruction"} <= set(images):
-        figures |= distances.gap()
+        figures |= distances.gaps()
     by_name = [name for metric in _ORDER for name in figures if name.startswith(metric)]
     return {name: figures[name] for name in by_name}
 
@@ -187,20 +189,41 @@ class _Distances:
                 )
         return made
 
-    def gap(self) -> Figures:
-        """The share of the gap closed, with its jackknife error over all four sets."""
-        names = ("base", "ncp", "reconstruction")
-        three = [self.found[name] for name in names]
-        plain = [found.plain.value for found in three]
-        left_out = [_closed(*[found.without_b for found in three])]
-        for i, found in enumerate(three):
+    def gaps(self) -> Figures:
+        """The share of the gap that the NCP closes; beside a base that is not its start, more."""
+        if VAE_PRIOR not in self.found:
+            return {"gap_closed": self._gap("base", "ncp")}
+        won = self._of(lambda base, ncp: base - ncp, "base", "ncp")
+        unit, note = f"squared, {self.unit}", "FD base - FD ncp"
+        return {
+            "fd_gain_over_base": Figure(
+                won.value, unit, self.samples, self.seed, won.se, note=note
+            ),
+            "gap_closed": self._gap(VAE_PRIOR, "ncp"),
+            "gap_closed_base": self._gap(VAE_PRIOR, "base"),
+        }
+
+    def _gap(self, start: str, to: str) -> Figure:
+        """The share of the gap from `start` that `to` closes."""
+        share = self._of(_closed, start, to, "reconstruction")
+        named = start.replace("_", " ")
+        note = f"(FD {named} - FD {to}) / (FD {named} - FD reconstruction)"
+        return Figure(share.value, "share", self.samples, self.seed, share.se, note=note)
+
+    def _of(self, function: Callable[..., Any], *names: str) -> Estimate:
+        """A function of several distances, with its jackknife error over these sets and the test's.
+
+        They share the test images, so that errors of single distances say little of it.
+        """
+        sets = [self.found[name] for name in names]
+        plain = [found.plain.value for found in sets]
+        left_out = [function(*[found.without_b for found in sets])]
+        for i, found in enumerate(sets):
             varied: list[Any] = list(plain)
             varied[i] = found.without_a
-            left_out.append(_closed(*varied))
+            left_out.append(function(*varied))
         se = math.sqrt(sum((len(part) - 1) * float(part.var(correction=0)) for part in left_out))
-        note = "(FD base - FD ncp) / (FD base - FD reconstruction)"
-        figure = Figure(_closed(*plain), "share", self.samples, self.seed, se, note=note)
-        return {"gap_closed": figure}
+        return Estimate(function(*plain), se)
 
 
 def _kid(name: str, features: Tensor, against: Tensor, unit: str, seed: int) -> Figures:

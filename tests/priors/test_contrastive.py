@@ -7,6 +7,7 @@ from toys import ExactFlat, TwoGroups, linear_vae, standard_normal
 
 from ncprior import GaussianMixture, NoiseContrastivePrior
 from ncprior.metrics import base_log_ratios
+from ncprior.normal import StandardNormal
 from ncprior.numerics import LogZ, log_z
 from ncprior.ratios import MLPRatio
 
@@ -76,6 +77,22 @@ def test_under_puts_its_base_below():
     assert below.prior is base and vae.prior is not base
     assert below.decoder is vae.decoder
     assert NoiseContrastivePrior([Tilt(1)]).under(vae) is vae
+
+
+def test_which_base_is_another():
+    """One that was saved and read again is not the same object, but the same density."""
+    vae, mixture = linear_vae(), GaussianMixture(2, 2)
+    twin = GaussianMixture(2, 2)
+    twin.load_state_dict(mixture.state_dict())
+
+    def other(base, vae=vae):
+        return NoiseContrastivePrior([Tilt(1)], base).has_other_base(vae)
+
+    assert other(mixture) and not other(None) and not other(StandardNormal(2))
+    on_mixture = vae.with_prior(mixture)
+    assert not other(mixture, on_mixture) and not other(twin, on_mixture)
+    twin.means += 1
+    assert other(twin, on_mixture)
 
 
 def test_under_refuses_another_vae():

@@ -137,6 +137,28 @@ def test_full_report(copy):
     assert "Where latents lie" in found.words
 
 
+def test_the_prior_of_the_vae_is_shown_where_the_base_is_another(copy):
+    """Before and after are the VAE's own prior and the NCP, whatever that stands on."""
+    vae = copy.load_vae()
+    prior = copy.load_prior(vae)
+    prior.base = ncprior.GaussianMixture(3, 2)
+    prior.base.means += 0.1
+    copy.save_prior(prior)
+    of_own = {
+        "fd_vae_prior": Figure(2.2, "squared, pixels", 500, 0, 0.03),
+        "gap_closed_base": Figure(0.61, "share", 500, 0, 0.05),
+    }
+    copy.add_metrics(FIGURES | of_own)
+    found = read(copy)
+    assert "VAE prior samples" in found.words and "draws of the base prior" not in found.words
+    assert "from samples of the VAE’s own prior to reconstructions; the base alone 61.0 %" in (
+        found.words
+    )
+    assert "stands on a Gaussian mixture" in found.words
+    assert "VAE's own prior" in found.page[found.page.index("Distance to the test images") :]
+    assert found.tags.count("img") == 5
+
+
 def test_a_prior_without_measurements(fitted):
     found = read(fitted)
     assert_self_contained(found)

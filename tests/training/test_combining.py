@@ -95,6 +95,19 @@ def test_one_that_is_right_gets_all_the_weight(vae, data):
     assert abs(prior.record["gain"]["value"]) < 3 * prior.record["gain"]["se"] + 0.002
 
 
+def test_one_without_weight_is_not_computed(vae, data, z):
+    """Away from q, on the side where more of it only hurts: its weight is 0, the rest is kept."""
+    far = normal(-3.0, 0.5)
+    prior = ncprior.combine(vae, [far, normal(0.5, 0.7)], data, **QUIET)
+    ratio = prior.ratios[0]
+    assert prior.record["combined"][0]["weight"] == 0
+    assert len(ratio.ratios) == len(ratio.weights) == 2 and len(ratio.bases) == 1
+    low, high = normal(0.5, 0.7).log_prob(z), vae.prior.log_prob(z)
+    weight = prior.record["combined"][1]["weight"]
+    off = prior.unnormalized_log_prob(z) - (weight * low + (1 - weight) * high)
+    assert off.std() < 1e-4  # a constant
+
+
 def test_best_weights_against_a_grid():
     generator = torch.Generator().manual_seed(3)
     at_base = torch.randn(5000, 3, generator=generator, dtype=torch.float64)
@@ -109,8 +122,10 @@ def test_best_weights_against_a_grid():
     assert c == pytest.approx(float(found @ mean - worth(found)), rel=1e-5)
 
 
-def test_priors_on_other_bases(vae, data, z):
+def test_priors_on_other_bases(vae, data, z, monkeypatch):
     """Each part is log r_i + log b_i, whatever the base that was chosen."""
+    weights = torch.tensor([0.3, 0.2, 0.1, 0.25, 0.15], dtype=torch.float64)
+    monkeypatch.setattr(combining, "best_weights", lambda *_: (weights, 0.1))
     near, far = normal(MEAN, SPREAD), normal(0.3, 1.0)
     networks = [random_ratio(i) for i in range(3)]
     of_vae = fingerprint(vae)

@@ -70,6 +70,15 @@ class NoiseContrastivePrior(nn.Module):
             return vae
         return vae.with_prior(self.base)
 
+    def has_other_base(self, vae: Any) -> bool:
+        """Whether the base is another density than the VAE's own prior."""
+        own = getattr(vae, "prior", None)
+        if self.base is None or self.base is own:
+            return False
+        if not (isinstance(self.base, nn.Module) and isinstance(own, nn.Module)):
+            return True
+        return type(self.base) is not type(own) or fingerprint(self.base) != fingerprint(own)
+
     def attach(self, vae: Any) -> None:
         """Let ratios that look at decoded latents (`fit_prior`'s `reencode`) know their VAE.
 

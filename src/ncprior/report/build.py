@@ -14,6 +14,7 @@ from torch import Tensor
 from ncprior import __version__
 from ncprior.data import ImageDataset, Splits
 from ncprior.diagnosis import held_out_figures
+from ncprior.figures import VAE_PRIOR
 from ncprior.generation import Draws, draw
 from ncprior.group_figures import overall
 from ncprior.group_samples import group_samples
@@ -96,8 +97,8 @@ def _draw(
     rows = splits.train[some[: 10 * num]]
     seen = training_images(data, splits._replace(train=rows), seed)
     images["reconstruction"] = draw(vae, None, num, images=seen, seed=seed).images
-    under = vae if prior is None else prior.under(vae)
-    images["base"] = draw(under, None, num, seed=seed).images
+    unmended = VAE_PRIOR if prior is not None and prior.has_other_base(vae) else "base"
+    images[unmended] = draw(vae, None, num, seed=seed).images
     if prior is None:
         return images, None
     drawn = draw(vae, prior, num, proposals=proposals, seed=seed)

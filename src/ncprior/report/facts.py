@@ -8,21 +8,22 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ncprior.data import ImageDataset
-from ncprior.figures import Figure
+from ncprior.figures import VAE_PRIOR, Figure
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.report.words import base_name, describe
 from ncprior.runs import Run
 
 Rows = list[tuple[str, str]]
-KEPT = ("C2ST", "ESS", "FD", "JSD", "KID", "KL", "MMD", "NCE", "NCP", "NLL", "SWD", "Z")
+KEPT = ("C2ST", "ESS", "FD", "JSD", "KID", "KL", "MMD", "NCE", "NCP", "NLL", "SWD", "VAE", "Z")
 WRITTEN = {word.lower(): word for word in KEPT}
+COLORED = ("base", "ncp", VAE_PRIOR, "reconstruction")
 
 
 class FigureRow(NamedTuple):
     """A line of the table of figures."""
 
     name: str
-    color: str  # "base", "ncp", "reconstruction" or ""
+    color: str  # that of what the name ends in, or ""
     value: str
     error: str
     unit: str
@@ -33,7 +34,7 @@ class FigureRow(NamedTuple):
 
 def figure_row(name: str, figure: Figure) -> FigureRow:
     """One figure of metrics.json, written out."""
-    color = next((c for c in ("base", "ncp", "reconstruction") if name.endswith(f"_{c}")), "")
+    color = next((c for c in COLORED if name.endswith(f"_{c}")), "")
     return FigureRow(
         " ".join(WRITTEN.get(word, word) for word in name.split("_")),
         color,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ncprior.figures import Figures
+from ncprior.figures import VAE_PRIOR, Figures
 from ncprior.ratios.nce import LOG_2
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ COLORS = {
     "reconstruction": "#007a5c",
     "base": "#c4500c",
     "ncp": "#0a63ac",
+    VAE_PRIOR: "#9a2f6b",
 }
 SIZE = (5.6, 3.2)  # inches of 72 units; about as wide as a phone, so that text stays legible there
 History = list[dict[str, float]]
@@ -174,18 +175,21 @@ def ess(values: Sequence[float], proposals: int, k: int | None = None) -> Plot:
 
 
 def frechet(figures: Figures) -> Plot:
-    """The three Frechet distances on one line each, with 95 % bars."""
-    figure, axes = new_axes(f"Frechet distance ({figures['fd_base'].unit})", "", (SIZE[0], 2.1))
-    names = ["base", "ncp", "reconstruction"]
-    for row, name in enumerate(names):
+    """The Frechet distances on one line each, with 95 % bars."""
+    labels = {VAE_PRIOR: "VAE's own prior", "base": "base", "ncp": "NCP"}
+    labels = {k: v for k, v in labels.items() if f"fd_{k}" in figures}
+    labels["reconstruction"] = "reconstruction"
+    size = (SIZE[0], 0.6 + 0.5 * len(labels))
+    figure, axes = new_axes(f"Frechet distance ({figures['fd_base'].unit})", "", size)
+    for row, name in enumerate(labels):
         found, color = figures[f"fd_{name}"], COLORS[name]
         axes.plot([0, found.value], [row, row], color=color, linewidth=1.2, alpha=0.35)
         axes.errorbar(
             [found.value], [row], xerr=[1.96 * (found.se or 0)], fmt="o", color=color,
             markersize=7, elinewidth=2.2, capsize=0,
         )  # fmt: skip
-    axes.set_yticks(range(3), ["base", "NCP", "reconstruction"])
-    axes.set_ylim(2.6, -0.6)
+    axes.set_yticks(range(len(labels)), list(labels.values()))
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.grid(False, axis="y")
     axes.grid(True, axis="x", color=COLORS["line"], linewidth=0.8)
@@ -195,7 +199,8 @@ def frechet(figures: Figures) -> Plot:
         as_svg(figure, "frechet", "Frechet distances of base, NCP and reconstructions"),
         [],
         "Lower is better; bars are 95 %. The reconstructions are what a perfect prior would reach, "
-        "so the way from base to reconstruction is the gap that can be closed.",
+        f"so the way from {next(iter(labels.values()))} to reconstruction is the gap that can be "
+        "closed.",
     )
 
 

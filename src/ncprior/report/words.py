@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ncprior.answers import WITH_HOLE, Answer, answers
 from ncprior.diagnosis import verdict
-from ncprior.figures import Figure, Figures
+from ncprior.figures import VAE_PRIOR, Figure, Figures
 from ncprior.generation import Draws
 from ncprior.group_figures import OF_A_GROUP, largest_jsd
 from ncprior.group_findings import GroupFinding, merged_warnings
@@ -160,13 +160,16 @@ def _mended_card(findings: Sequence[GroupFinding]) -> Card:
 
 
 def _gap_card(known: Figures) -> Card:
-    base, closed = known.get("fd_base"), known["gap_closed"]
-    best = known.get("fd_reconstruction")
-    none = base and best and base.value - best.value <= 2 * (base.se or 0)
+    own, closed = known.get(f"fd_{VAE_PRIOR}"), known["gap_closed"]
+    first, best = own or known.get("fd_base"), known.get("fd_reconstruction")
+    whose = "samples of the VAE’s own prior" if own else "base samples"
+    none = first and best and first.value - best.value <= 2 * (first.se or 0)
     if none or not math.isfinite(closed.value):
-        text = "base samples are as near to the data as reconstructions: no gap to close"
+        text = f"{whose} are as near to the data as reconstructions: no gap to close"
         return Card("Gap closed", "–", "", text)
-    text = "of the way in Frechet distance from base samples to reconstructions"
+    text = f"of the way in Frechet distance from {whose} to reconstructions"
+    if "gap_closed_base" in known:
+        text += f"; the base alone {_percent(known['gap_closed_base']).text()} %"
     return _card("Gap closed", _percent(closed), text, closed.value, unit=" %")
 
 
@@ -211,6 +214,7 @@ def pictures(proposals: int) -> dict[str, tuple[str, str]]:
             "decoded draws of the aggregate posterior: the best that any prior can do",
         ),
         "base": ("Base samples", "decoded draws of the base prior, unmended"),
+        VAE_PRIOR: ("VAE prior samples", "decoded draws of the VAE’s own prior, unmended"),
         "ncp": (
             "NCP samples",
             f"decoded draws of the noise contrastive prior, each picked from {proposals:,} "
@@ -236,7 +240,7 @@ def base_note(prior: NoiseContrastivePrior | None) -> str:
         return ""
     return (
         f"The noise contrastive prior of this run stands on a {name}, not on the VAE’s own prior: "
-        "base samples, JSD, log Z, ESS and the gap closed are all of that base."
+        "JSD, log Z and ESS are all of that base. The gap closed is counted from the VAE’s own."
     )
 
 

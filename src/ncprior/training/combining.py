@@ -97,12 +97,15 @@ def combine(
         held = HeldOut(vae, data, rows, [0], seed=seed, device=device_)
         at_q = torch.cat([pairs[0].posterior for pairs in held])
         base = _best_base([own, *(part.base for part in parts)], at_q)
-        ratio = _ratio([*parts, _Part(UnitRatio(), own)], base).to(at_q)
+        all_parts = [*parts, _Part(UnitRatio(), own)]
+        ratio = _ratio(all_parts, base).to(at_q)
         there = _in_pieces(ratio.each, at_q)
         draws = base.sample((DRAWS,), generator=stream(seed, "combining", device=device_))
         here = _in_pieces(ratio.each, draws, bar)
         weights, c = best_weights(there.mean(0), here)
-        ratio.weights.copy_(weights)
+        used = weights.nonzero().flatten()  # what has no weight would only take time
+        ratio = _ratio([all_parts[i] for i in used], base).to(at_q)
+        ratio.weights.copy_(weights[used])
         ratio.offset.fill_(c)
         wins = torch.cat([there[:, :-1], (there @ weights)[:, None]], 1) - there[:, -1:]
         z = [log_z(x).value for x in [*here[:, :-1].T, here @ weights]]
