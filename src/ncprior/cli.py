@@ -44,6 +44,11 @@ class Energised(StrEnum):
     ncp = "ncp"
 
 
+class Mean(StrEnum):
+    arithmetic = "arithmetic"
+    geometric = "geometric"
+
+
 class Sampler(StrEnum):
     sir = "sir"
     langevin = "langevin"
@@ -222,12 +227,15 @@ def combine(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Run directory to make.")],
+    mean: Annotated[
+        Mean, typer.Option(help="arithmetic: a mixture of them; geometric: where they agree.")
+    ] = Mean.arithmetic,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Combine priors of one VAE into their weighted geometric mean, an NCP in a run of its own.
+    """Combine priors of one VAE into their weighted mean, an NCP in a run of its own.
 
     Validation images choose the weights.
     """
@@ -239,6 +247,7 @@ def combine(
         Run.open(run),
         priors,
         out,
+        mean=mean.value,
         seed=seed,
         overwrite=overwrite,
         device=device or "auto",

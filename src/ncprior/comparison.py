@@ -73,8 +73,8 @@ def compare(
         splits: Which of them are for training (priors are fitted on these), validation and test;
             80/10/10 at random by default.
         priors: Names: those that `parse_name` knows, "ncp", "ncp-multistage", "ncp-reencoded" and
-            "ncp-BASE" or "ncp-reencoded-BASE", such as "ncp-mixture-100"; "A+B" combines A and B
-            (`combine`, by the validation images).
+            "ncp-BASE" or "ncp-reencoded-BASE", such as "ncp-mixture-100"; "A+B" is the weighted
+            mean of A and B (`combine`, by the validation images).
         seeds: Seeds 0 up to this; each fits and samples anew.
         samples: Images drawn from each prior and from the aggregate posterior.
         proposals: SIR's pool for noise contrastive priors, or "auto"; see `draw`.

@@ -185,7 +185,7 @@ def combine_run(
     """Combine priors of a run's VAE into a run directory of their own, by the validation images.
 
     Each of `priors` is "ncp", the name of one that `compare` fitted with seed 0, or another run
-    directory of the same VAE whose NCP is meant.
+    directory of the same VAE whose NCP is meant. `options` are those of `combine`.
     """
     if (out / "config.toml").exists() and not overwrite:
         raise ValueError(f"{out} already holds a run; pass --overwrite, or another --out")

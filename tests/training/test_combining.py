@@ -16,7 +16,7 @@ from ncprior.priors import GaussianMixture, NoiseContrastivePrior
 from ncprior.ratios import CombinedRatio, ReencodedRatio, ResidualRatio, UnitRatio
 from ncprior.storage import fingerprint
 from ncprior.training import combining
-from ncprior.training.combining import best_weights
+from ncprior.training.combining import best_shares, best_weights
 
 MEAN, SPREAD = 0.8, 0.6
 QUIET = {"progress": False, "device": "cpu"}
@@ -44,6 +44,17 @@ def z():
     return MEAN + SPREAD * noise
 
 
+class Scaled(torch.nn.Module):
+    """A ratio that is off by a factor, which a normaliser takes out."""
+
+    def __init__(self, log_factor):
+        super().__init__()
+        self.log_factor = log_factor
+
+    def forward(self, z, context=None):
+        return torch.full_like(z[:, 0], self.log_factor)
+
+
 def normal(mean, spread):
     """N(mean, spread^2 I) as a density that can be kept."""
     found = GaussianMixture(1, 2)
@@ -68,7 +79,9 @@ def test_weights_that_make_q_of_its_neighbours(vae, data, z, w):
     middle = MEAN * wide**2 / (2 * w * SPREAD**2)
     laws = [(middle - 0.2, wide), (middle + 0.2, wide)]
     parts = [normal(*law) for law in laws]
-    prior = ncprior.combine(vae, parts, data, seed=0, names=["low", "high"], **QUIET)
+    prior = ncprior.combine(
+        vae, parts, data, mean="geometric", seed=0, names=["low", "high"], **QUIET
+    )
     record, q = prior.record, TorchNormal(MEAN, SPREAD)
     whole = 2 * kl_divergence(q, TorchNormal(0.0, 1.0))
     for part, name, law in zip(record["combined"], ["low", "high"], laws, strict=True):
@@ -87,18 +100,47 @@ def test_weights_that_make_q_of_its_neighbours(vae, data, z, w):
     assert (drawn.std(0) - SPREAD).abs().max() < 0.04
 
 
-def test_one_that_is_right_gets_all_the_weight(vae, data):
+@pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
+def test_one_that_is_right_gets_all_the_weight(vae, data, mean):
     wrong = normal(-0.5, 0.5)
-    prior = ncprior.combine(vae, [wrong, normal(MEAN, SPREAD)], data, **QUIET)
+    prior = ncprior.combine(vae, [wrong, normal(MEAN, SPREAD)], data, mean=mean, **QUIET)
     low, high = (part["weight"] for part in prior.record["combined"])
     assert low < 0.02 and high == pytest.approx(1, abs=0.04)
     assert abs(prior.record["gain"]["value"]) < 3 * prior.record["gain"]["se"] + 0.002
 
 
+def test_an_arithmetic_mean_is_the_mixture(vae, data, z):
+    """q is the mean of two normal laws: 0.3 and 0.7 of them, and nothing of a third."""
+    laws = [(-0.6, 0.5), (0.9, 0.4), (3.0, 0.3)]
+    parts = [normal(*law) for law in laws]
+    generator = torch.Generator().manual_seed(4)
+    chosen = torch.rand(40_000, generator=generator) < 0.3
+    x = torch.randn(40_000, 2, generator=generator)
+    at_q = torch.where(chosen[:, None], -0.6 + 0.5 * x, 0.9 + 0.4 * x)
+    shares = best_shares(torch.stack([part.log_prob(at_q) for part in parts], -1).double())
+    assert shares[2] == 0 and shares.sum() == pytest.approx(1)
+    assert shares[0] == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 40_000) ** 0.5 + 0.002)
+
+    # As a prior: its density is w_1 p_1 + w_2 p_2, an NCP's constant included.
+    parts = [normal(0.7, 0.75), normal(1.0, 0.5)]  # the first is the base, and wide enough
+    shifted = NoiseContrastivePrior([Scaled(3.0)], parts[1])
+    prior = ncprior.combine(vae, [parts[0], shifted], data, mean="arithmetic", **QUIET)
+    record, (ratio,) = prior.record, prior.ratios
+    assert ratio.mean == "arithmetic" and record["settings"]["mean"] == "arithmetic"
+    weights = [part["weight"] for part in record["combined"]]
+    assert sum(weights) == pytest.approx(1)
+    each = [w * part.log_prob(z).exp() for w, part in zip(weights, parts, strict=True)]
+    want = sum(each).log()
+    torch.testing.assert_close(prior.unnormalized_log_prob(z), want, atol=2e-3, rtol=2e-3)
+    best = max(part["value"] for part in record["combined"])
+    assert record["bound"]["value"] > best + record["gain"]["value"] / 2 > best
+    assert abs(prior.log_z.value) < 4 * prior.log_z.se + 4e-3  # that of the second's own Z
+
+
 def test_one_without_weight_is_not_computed(vae, data, z):
     """Away from q, on the side where more of it only hurts: its weight is 0, the rest is kept."""
     far = normal(-3.0, 0.5)
-    prior = ncprior.combine(vae, [far, normal(0.5, 0.7)], data, **QUIET)
+    prior = ncprior.combine(vae, [far, normal(0.5, 0.7)], data, mean="geometric", **QUIET)
     ratio = prior.ratios[0]
     assert prior.record["combined"][0]["weight"] == 0
     assert len(ratio.ratios) == len(ratio.weights) == 2 and len(ratio.bases) == 1
@@ -133,7 +175,7 @@ def test_priors_on_other_bases(vae, data, z, monkeypatch):
               zip(networks, [vae.prior, near, copy.deepcopy(near)], strict=True)]  # fmt: skip
     for prior in priors:
         prior.record |= {"vae": of_vae, "fitted_images": 10}
-    found = ncprior.combine(vae, [*priors, far], data, **QUIET)
+    found = ncprior.combine(vae, [*priors, far], data, mean="geometric", **QUIET)
     (ratio,) = found.ratios
     assert found.base is near and ratio.places == (1, 0, 0, 2, 1)  # the copy is not kept again
     own, of_near = vae.prior.log_prob(z), near.log_prob(z)
@@ -141,20 +183,21 @@ def test_priors_on_other_bases(vae, data, z, monkeypatch):
     log_r = [*(network(z) for network in networks), 0, 0]
     want = sum(w * (r + b - near.log_prob(z))
                for w, r, b in zip(ratio.weights, log_r, log_b, strict=True))  # fmt: skip
-    torch.testing.assert_close(found.log_ratio(0, z), want - ratio.offset)
+    torch.testing.assert_close(found.log_ratio(0, z), want - 0.1)
     point = z.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(found.log_ratio(0, point).sum(), point)
     nudged = (found.log_ratio(0, z + 1e-2) - found.log_ratio(0, z - 1e-2)) / 2e-2
     torch.testing.assert_close(slope.sum(1), nudged, rtol=0.02, atol=0.02)
 
 
-def test_kept_and_read_again(vae, data, z, tmp_path):
+@pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
+def test_kept_and_read_again(vae, data, z, tmp_path, mean):
     """A combination of a combination and of a ratio that looks at decoded latents."""
     reencoded = ReencodedRatio(random_ratio(0, 11), 2, vae).eval()
     first = NoiseContrastivePrior([reencoded], normal(MEAN, SPREAD))
     first.record = {"vae": fingerprint(vae), "fitted_images": 10}
     second = ncprior.combine(vae, [normal(0.5, 0.7), normal(0.9, 0.7)], data, **QUIET)
-    prior = ncprior.combine(vae, [first, second], data, **QUIET)
+    prior = ncprior.combine(vae, [first, second], data, mean=mean, **QUIET)
     prior.save_pretrained(tmp_path)
     known = NoiseContrastivePrior.from_pretrained(tmp_path, vae=vae)
     torch.testing.assert_close(known.log_ratio(0, z), prior.log_ratio(0, z))
@@ -174,6 +217,10 @@ def test_bfloat16_is_not_for_densities(vae, data):
 
 def test_bad_input(vae, data):
     one = normal(0.5, 0.7)
+    with pytest.raises(ValueError, match="mean must be one of arithmetic, geometric, got 'harm"):
+        ncprior.combine(vae, [one, one], data, mean="harmonic", **QUIET)
+    with pytest.raises(ValueError, match="mean must be one of arithmetic, geometric, got 'harm"):
+        CombinedRatio([UnitRatio()], [], [0], 2, one, "harmonic")
     with pytest.raises(ValueError, match="priors must hold at least two to combine, got 1"):
         ncprior.combine(vae, [one], data, **QUIET)
     with pytest.raises(ValueError, match="names must be 2, one for each prior, got 1"):

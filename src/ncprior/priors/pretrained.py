@@ -153,6 +153,7 @@ def _ratio_config(ratio: Any) -> dict[str, Any]:
         "bases": [_base_config(part) for part in ratio.bases],
         "places": list(ratio.places),
         "latent_size": ratio.latent_shape[0],
+        "mean": ratio.mean,
     }
 
 

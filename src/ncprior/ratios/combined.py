@@ -1,8 +1,8 @@
-"""The log-ratio of a weighted geometric mean of priors to a base prior.
+"""The log-ratio of a weighted mean of priors to a base prior.
 
-Priors that were fitted in different ways make different mistakes; where they disagree the geometric
-mean is low, so that it is right more often than each of them (a product of experts, Hinton 2002, of
-experts that were fitted one by one).
+Priors that were fitted in different ways make different mistakes. Their arithmetic mean, a mixture,
+has the variety of all. Where they disagree the geometric mean is low, so that it is right more
+often than each of them (a product of experts, Hinton 2002, of experts that were fitted one by one).
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+MEANS = ("arithmetic", "geometric")
+
 
 class CombinedRatio(nn.Module):
-    """log r = sum_i w_i (log r_i + log b_i - log b) - c, for priors r_i b_i, over a base b.
+    """log r for priors r_i b_i over a base b, from x_i = log r_i + log b_i - log b - c_i.
 
-    The weights add up to 1; one of the priors, the VAE's own, may have a negative one.
+    It is log sum_i w_i exp(x_i) for the arithmetic mean, of which r_i b_i exp(-c_i) should be
+    normalised, and sum_i w_i x_i for the geometric one. The weights add up to 1; in the geometric
+    mean one of the priors, the VAE's own, may have a negative one.
 
     The base is that of the prior that the ratio is part of and is not saved with it: `stand_on`
     says which it is.
@@ -26,11 +30,15 @@ class CombinedRatio(nn.Module):
         places: For each ratio the number of its density in `bases`, from 1; 0 for b itself.
         latent_size: d.
         base: b, if it is at hand.
+        mean: "arithmetic" or "geometric".
+
+    Raises:
+        ValueError: another mean, or places that are not of `bases` and `ratios`.
     """
 
     context_shape = None
     weights: Tensor  # (I,)
-    offset: Tensor  # (), c
+    offsets: Tensor  # (I,), c
 
     def __init__(
         self,
@@ -39,17 +47,20 @@ class CombinedRatio(nn.Module):
         places: Sequence[int],
         latent_size: int,
         base: Any = None,
+        mean: str = "arithmetic",
     ) -> None:
         super().__init__()
+        if mean not in MEANS:
+            raise ValueError(f"mean must be one of {', '.join(MEANS)}, got {mean!r}")
         if len(ratios) != len(places) or not set(places) <= set(range(len(bases) + 1)):
             raise ValueError(
                 f"places must name one of {len(bases) + 1} densities for each of {len(ratios)} "
                 f"ratios, got {list(places)}"
             )
         self.ratios, self.bases = nn.ModuleList(ratios), nn.ModuleList(bases)
-        self.places, self.latent_shape = tuple(places), (latent_size,)
+        self.places, self.latent_shape, self.mean = tuple(places), (latent_size,), mean
         self.register_buffer("weights", torch.full((len(ratios),), 1 / len(ratios)))
-        self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("offsets", torch.zeros(len(ratios)))
         self.stand_on(base)
 
     def stand_on(self, base: Any) -> None:
@@ -78,7 +89,10 @@ class CombinedRatio(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """log r in nats at z (n, d), (n,)."""
-        return self.each(z) @ self.weights.to(z) - self.offset.to(z)
+        x, weights = self.each(z) - self.offsets.to(z), self.weights.to(z)
+        if self.mean == "geometric":
+            return x @ weights
+        return (x + weights.log()).logsumexp(-1)
 
 
 def log_density(prior: Any, z: Tensor) -> Tensor:

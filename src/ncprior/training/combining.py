@@ -1,7 +1,8 @@
-"""Priors of one frozen VAE, combined into one: a weighted geometric mean, normalised anew.
+"""Priors of one frozen VAE, combined into one: a weighted mean, normalised anew.
 
-With priors p_i and the VAE's own p, log p + sum_i w_i (log p_i - log p) - c is an exponential
-family in w, so that E_q[log density], which the ELBO gains from, is concave in w: one maximum.
+With priors p_i and the VAE's own p, log p + sum_i w_i (log p_i - log p) - c, their geometric mean,
+is an exponential family in w, so that E_q[log density], which the ELBO gains from, is concave in w:
+one maximum. So it is of log sum_i w_i p_i, their arithmetic mean.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ncprior.normal import StandardNormal
 from ncprior.numerics import log_mean_exp, log_z, mean_and_se, stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios import CombinedRatio, UnitRatio
+from ncprior.ratios.combined import MEANS
 from ncprior.storage import fingerprint
 from ncprior.training.heldout import HeldOut
 from ncprior.training.processes import make_fabric
@@ -28,6 +30,8 @@ from ncprior.walk import evaluating
 DRAWS = 100_000  # of the base, for the normaliser while the weights are found
 LOG_Z_DRAWS = 200_000  # other draws, for log Z
 MOST = 2.0  # weight of one prior
+ROUNDS = 300  # of expectation maximisation
+LEAST_SHARE = 1e-3
 AT_ONCE = 4096
 
 
@@ -45,19 +49,22 @@ def combine(
     *,
     rows: Tensor | None = None,
     names: Sequence[str] | None = None,
+    mean: str = "arithmetic",
     seed: int = 0,
     device: str = "auto",
     progress: bool = True,
 ) -> NoiseContrastivePrior:
-    """The weighted geometric mean of priors of one frozen VAE, as a noise contrastive prior.
+    """A weighted mean of priors of one frozen VAE, as a noise contrastive prior.
 
-    It is concentrated where the priors agree: likelihood and precision have gained by it, while the
-    variety of samples (recall, Frechet distance) has lost.
+    The arithmetic mean is their mixture: likelihood has gained by it, and the variety of samples is
+    kept. The geometric mean is concentrated where the priors agree: it has gained as much or a
+    little more likelihood, and precision, while variety (recall, Frechet distance) has lost.
 
-    Its weights, none below 0, are those of the best ELBO on `rows`. What they lack of 1 is the
-    weight of the VAE's own prior, a negative one if they are more. Its base is the density among
-    the priors and their bases that posterior draws of `rows` like best: from a good one SIR needs
-    few proposals.
+    Its weights, none below 0, are those of the best ELBO on `rows`. What they lack of 1 in the
+    geometric mean is the weight of the VAE's own prior, a negative one if they are more. Its base
+    is the density among the priors and their bases that posterior draws of `rows` like best: from a
+    good one SIR needs few proposals. A part of an arithmetic mean that goes far beyond that base is
+    cut off there, and log Z, which should be near 0, too low by what is missing.
 
     Args:
         vae: The VAE that all of them were fitted on; one latent group, flat latents.
@@ -66,6 +73,7 @@ def combine(
         data: An `ImageDataset` or a tensor (n, c, h, w) in [0, 1].
         rows: Rows that no prior was fitted on, such as validation images; all by default.
         names: What to call the priors in the record.
+        mean: "arithmetic" or "geometric".
         seed: Seed of all draws.
         device: "auto", "cpu", "cuda" or "mps".
         progress: Show a progress bar.
@@ -76,9 +84,11 @@ def combine(
         `record["gain"]` by how much that is more than the best part; with errors over images.
 
     Raises:
-        ValueError: fewer than two priors, a prior of another VAE or without a density, before
-            anything is drawn.
+        ValueError: another mean, fewer than two priors, a prior of another VAE or without a
+            density, before anything is drawn.
     """
+    if mean not in MEANS:
+        raise ValueError(f"mean must be one of {', '.join(MEANS)}, got {mean!r}")
     parts = _parts(vae, priors)
     names = list(names or (f"prior {i + 1}" for i in range(len(priors))))
     if len(names) != len(priors):
@@ -98,18 +108,24 @@ def combine(
         at_q = torch.cat([pairs[0].posterior for pairs in held])
         base = _best_base([own, *(part.base for part in parts)], at_q)
         all_parts = [*parts, _Part(UnitRatio(), own)]
-        ratio = _ratio(all_parts, base).to(at_q)
+        ratio = _ratio(all_parts, base, mean).to(at_q)
         there = _in_pieces(ratio.each, at_q)
         draws = base.sample((DRAWS,), generator=stream(seed, "combining", device=device_))
         here = _in_pieces(ratio.each, draws, bar)
-        weights, c = best_weights(there.mean(0), here)
+        z = _log_zs(all_parts, here)
+        if mean == "geometric":
+            weights, c = best_weights(there.mean(0), here)
+            offsets = torch.full_like(weights, c)
+        else:
+            shares = best_shares((there - z)[:, :-1])
+            weights, offsets = torch.cat([shares, shares.new_zeros(1)]), z
         used = weights.nonzero().flatten()  # what has no weight would only take time
-        ratio = _ratio([all_parts[i] for i in used], base).to(at_q)
+        ratio = _ratio([all_parts[i] for i in used], base, mean).to(at_q)
         ratio.weights.copy_(weights[used])
-        ratio.offset.fill_(c)
-        wins = torch.cat([there[:, :-1], (there @ weights)[:, None]], 1) - there[:, -1:]
-        z = [log_z(x).value for x in [*here[:, :-1].T, here @ weights]]
-        bounds = [_bound(wins[:, i], z[i], held.images) for i in range(len(z))]
+        ratio.offsets.copy_(offsets[used])
+        whole, over = _in_pieces(ratio, at_q), there[:, -1]
+        bounds = [_bound(x - over, held.images) for x in (there - z)[:, :-1].T]
+        bounds.append(_bound(whole - over - log_z(_in_pieces(ratio, draws)).value, held.images))
 
         prior = NoiseContrastivePrior([ratio], base).eval().requires_grad_(False)
         under = vae.with_prior(base)
@@ -124,7 +140,7 @@ def combine(
         ))  # fmt: skip
     best = max(range(len(parts)), key=lambda i: float(bounds[i].mean()))
     prior.record = {
-        "settings": {"combined": " + ".join(names)},
+        "settings": {"combined": " + ".join(names), "mean": mean},
         "seed": seed,
         "heldout_images": len(rows),
         "vae": fingerprint(vae),
@@ -165,6 +181,32 @@ def best_weights(mean_at_q: Tensor, at_base: Tensor) -> tuple[Tensor, float]:
     found = minimize(cost, start, jac=True, method="L-BFGS-B", bounds=[(0, MOST)] * count)
     some = torch.as_tensor(found.x, device=last.device)
     return torch.cat([some, 1 - some.sum()[None]]), float(log_mean_exp(over_last @ some + last))
+
+
+def best_shares(at_q: Tensor) -> Tensor:
+    """The w, none below 0, that add up to 1 of the largest E_q[log sum_i w_i exp(f_i)].
+
+    By expectation maximisation, whose fixed point it is; shares below a thousandth are left out.
+
+    Args:
+        at_q: f at draws of q, the log-densities of the parts up to what all share, (n, I).
+    """
+    shares = torch.full_like(at_q[0], 1 / at_q.shape[1])
+    for _ in range(ROUNDS):
+        shares = (at_q + shares.log()).softmax(-1).mean(0)
+    shares = torch.where(shares < LEAST_SHARE, 0.0, shares)
+    return shares / shares.sum()
+
+
+def _log_zs(parts: Sequence[_Part], at_base: Tensor) -> Tensor:
+    """log Z of each part, (I,), from its log-ratio at draws of a normalised base, (n, I).
+
+    Where it is 0 by itself an estimate would only be off: that of N(0, I) from draws of a narrow
+    mixture far too low.
+    """
+    known = [isinstance(part.ratio, UnitRatio) and part.base.normalized for part in parts]
+    found = [0.0 if k else log_z(x).value for k, x in zip(known, at_base.T, strict=True)]
+    return torch.tensor(found, dtype=at_base.dtype, device=at_base.device)
 
 
 def _parts(vae: Any, priors: Sequence[Any]) -> list[_Part]:
@@ -218,12 +260,12 @@ def _best_base(densities: Sequence[Any], at_q: Tensor) -> Any:
     return max(apart.values(), key=lambda density: float(_in_pieces(density.log_prob, at_q).mean()))
 
 
-def _ratio(parts: Sequence[_Part], base: Any) -> CombinedRatio:
+def _ratio(parts: Sequence[_Part], base: Any, mean: str) -> CombinedRatio:
     """The parts over the base, each density kept once; equal weights at first."""
     others = {id(p.base): p.base for p in parts if p.base is not base}
     places = [0 if p.base is base else 1 + list(others).index(id(p.base)) for p in parts]
     (size,) = base.event_shape
-    return CombinedRatio([p.ratio for p in parts], list(others.values()), places, size, base)
+    return CombinedRatio([p.ratio for p in parts], list(others.values()), places, size, base, mean)
 
 
 @torch.no_grad()
@@ -237,6 +279,6 @@ def _in_pieces(function: Any, z: Tensor, bar: Bar | None = None) -> Tensor:
     return torch.cat(pieces)
 
 
-def _bound(log_p: Tensor, log_z: float, images: int) -> Tensor:
+def _bound(log_p: Tensor, images: int) -> Tensor:
     """What a prior wins in nats for each image, (images,); draws of one are `images` apart."""
-    return log_p.view(-1, images).mean(0) - log_z
+    return log_p.view(-1, images).mean(0)
