@@ -58,13 +58,25 @@ def measure(name: str, out: Path, seeds: int, priors: list[str]) -> None:
     )  # fmt: skip
 
 
-def means(found: Comparison, column: str) -> dict[str, float]:
-    """Means over seeds by prior."""
-    values: dict[str, list[float]] = {}
+def gained(found: Comparison, column: str) -> dict[str, list[float]]:
+    """Values of each seed by prior; of the NLL what is won over the Gaussian with that seed."""
+    by_seed: dict[int, dict[str, float]] = {}
     for score in found.scores:
         if column in score.values:
-            values.setdefault(score.prior, []).append(score.values[column])
-    return {prior: statistics.mean(of_seeds) for prior, of_seeds in values.items()}
+            by_seed.setdefault(score.seed, {})[score.prior] = score.values[column]
+    values: dict[str, list[float]] = {}
+    for of_seed in by_seed.values():
+        for prior, value in of_seed.items():
+            won = of_seed["gaussian"] - value if column == "nll" else value
+            values.setdefault(prior, []).append(won)
+    return values
+
+
+def with_error(values: list[float]) -> str:
+    """The mean, with its standard error over seeds where there are several."""
+    if len(values) < 2 or len(set(values)) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def overview(out: Path) -> str:
@@ -77,11 +89,9 @@ def overview(out: Path) -> str:
     for title, column in (("gap closed", "gap_closed"), ("NLL gain, nats", "nll")):
         rows = [[title, *head[1:]], ["---"] * len(head)]
         for name, found in known.items():
-            value = means(found, column)
-            if column == "nll":
-                value = {prior: value["gaussian"] - nll for prior, nll in value.items()}
-            best = max(value, key=lambda prior: value[prior])
-            cells = [f"{value[p]:.2f}" if p in value else "" for p in priors]
+            values = gained(found, column)
+            best = max(values, key=lambda prior: statistics.mean(values[prior]))
+            cells = [with_error(values[p]) if p in values else "" for p in priors]
             marked = [f"**{c}**" if p == best else c for p, c in zip(priors, cells, strict=True)]
             rows.append([name, str(len({s.seed for s in found.scores})), *marked])
         tables.append("\n".join("| " + " | ".join(row) + " |" for row in rows))

@@ -240,6 +240,8 @@ def _next(
             "Where samples are still poor, reconstructions are too: train a better VAE, no prior "
             "mends it."
         )
+    closed = figures.get("gap_closed")
+    done = no_gap or (closed is not None and closed.value > NEARLY_ALL)
     nearer = None if findings else _nearer_base(prior)
     separated = any(g["jsd"] > SEPARATED_JSD for g in groups)
     if separated and findings:
@@ -250,16 +252,16 @@ def _next(
         said.append(f"Fit on a base nearer to the posterior: {_fit_on(nearer, run)}.")
     elif separated:
         said.append(f"Fit in stages: ncprior fit {run} --stages adaptive --overwrite.")
-    elif not no_gap and max(map(_overfit, groups)) > OVERFIT_SHARE:
+    elif not done and nearer and closed is not None:
+        said.append(f"A base nearer to the posterior may close more: {_fit_on(nearer, run)}.")
+    elif not done and max(map(_overfit, groups)) > OVERFIT_SHARE:
         said.append(
             "Fit again with more images, more dropout or more members: over-fitting limits the "
             "ratios."
         )
-    elif not no_gap and _tells(figures):
-        other = f" or a base nearer to the posterior (--base {nearer})" if nearer else ""
+    elif not done and _tells(figures):
         said.append(
-            f"A larger ratio network (ncprior fit {run} --preset large --overwrite){other} may "
-            "close more."
+            f"A larger ratio network (ncprior fit {run} --preset large --overwrite) may close more."
         )
     effective = figures.get("ess")
     if effective is not None and effective.value < ENOUGH_PROPOSALS:
@@ -270,13 +272,9 @@ def _next(
         if more > LARGEST:
             ways.append(f"draw with --proposals {more}")
         if nearer and not separated:
-            ways.append(
-                "fit on a base nearer to the posterior, of whose draws more count: "
-                f"{_fit_on(nearer, run)}"
-            )
+            ways.append(f"fit on a nearer base, of whose draws more count: {_fit_on(nearer, run)}")
         if ways:
             said.append(f"Few proposals count: {', or '.join(ways)}.")
-    closed = figures.get("gap_closed")
     won = figures.get("fd_gain_over_base", closed)  # over the base, in whatever unit
     worse = won is not None and won.value + 2 * (won.se or 0) < 0
     if worse:
@@ -286,7 +284,7 @@ def _next(
             "Its samples are no nearer to the data than its base's, beyond two errors, and those "
             "are cheaper; whether it wins likelihood says 'ncprior evaluate'."
         )
-    elif closed is not None and not no_gap and closed.value > NEARLY_ALL:
+    elif done and not no_gap:
         said.append("There is little left to win with a prior; what remains is the decoder's.")
     if not no_gap and not worse:
         said.append(f"Sample: ncprior sample {run} --out samples.npz.")

@@ -10,6 +10,9 @@ from ncprior.metrics import base_log_ratios
 from ncprior.normal import StandardNormal
 from ncprior.numerics import LogZ, log_z
 from ncprior.ratios import MLPRatio
+from ncprior.vaes import FlatVAE
+from ncprior.vaes.flat import DETERMINISTIC
+from ncprior.vaes.likelihoods import Gaussian
 
 
 class Tilt(nn.Module):
@@ -93,6 +96,10 @@ def test_which_base_is_another():
     assert not other(mixture, on_mixture) and not other(twin, on_mixture)
     twin.means += 1
     assert other(twin, on_mixture)
+    autoencoder = FlatVAE(
+        nn.Identity(), nn.Identity(), Gaussian(), 2, posterior_scale=DETERMINISTIC
+    )
+    assert not other(mixture, autoencoder)
 
 
 def test_under_refuses_another_vae():

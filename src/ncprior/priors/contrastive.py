@@ -71,9 +71,12 @@ class NoiseContrastivePrior(nn.Module):
         return vae.with_prior(self.base)
 
     def has_other_base(self, vae: Any) -> bool:
-        """Whether the base is another density than the VAE's own prior."""
+        """Whether the base is another density than the VAE's own prior.
+
+        An autoencoder has none: its N(0, I) says nothing of its codes.
+        """
         own = getattr(vae, "prior", None)
-        if self.base is None or self.base is own:
+        if self.base is None or self.base is own or getattr(vae, "deterministic", False):
             return False
         if not (isinstance(self.base, nn.Module) and isinstance(own, nn.Module)):
             return True
