@@ -277,6 +277,26 @@ def test_half_precision_skips_a_step_that_overflows(optimizer, clip_norm, tmp_pa
     assert content["precision"]["scale"] == 2**9
 
 
+def test_global_draws_are_not_those_of_the_generator():
+    """Dropout masks made of the numbers that made the draws would give the draws away."""
+
+    class Drawing(Overflowing):
+        def __init__(self):
+            super().__init__()
+            self.drawn = []
+
+        def loss(self, model, step, generator):
+            self.drawn += [torch.rand(4, generator=generator), torch.rand(4)]
+            return model(torch.ones(1, 1)).sum(), {}
+
+    job, again = Drawing(), Drawing()
+    for one in (job, again):
+        options = {"steps": 3, "learning_rate": 0.01, "progress": False}
+        loop.optimise(one, loop.make_fabric("cpu"), place=loop.Place(), **options)
+    assert len({tuple(x.tolist()) for x in job.drawn}) == 6
+    assert all(map(torch.equal, job.drawn, again.drawn))
+
+
 def test_loss_alone_is_not_finite(monkeypatch, tmp_path):
     """Not even weights that are still finite are saved, whenever somebody looks."""
 

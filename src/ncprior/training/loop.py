@@ -192,11 +192,13 @@ class _Steps:
         """One step of the optimiser; `now` moves on."""
         fabric, self.at = self.fabric, now.step
         index = now.step * fabric.world_size + fabric.global_rank
-        step_seed = stream_seed(self.seed, self.stage, index)
-        torch.default_generator.manual_seed(step_seed)  # torch.manual_seed takes far longer
+        self.generator.manual_seed(stream_seed(self.seed, self.stage, index))
+        # Networks draw (dropout) from the global state. It has a seed of its own: masks made of the
+        # numbers that made the draws would tell the one from the other.
+        own = stream_seed(self.seed, f"{self.stage} networks", index)
+        torch.default_generator.manual_seed(own)  # torch.manual_seed takes far longer
         if fabric.device.type == "cuda":
-            torch.cuda.manual_seed(step_seed)
-        self.generator.manual_seed(step_seed)
+            torch.cuda.manual_seed(own)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("share", 1.0)
         loss, figures = self.job.loss(self.model, now.step, self.generator)
