@@ -38,6 +38,7 @@ def figures(**changes):
         "fd_ncp": Figure(1.8, "squared, pixels", 500, 0, 0.03),
         "fd_reconstruction": Figure(1.0, "squared, pixels", 500, 0, 0.04),
         "gap_closed": Figure(0.6, "share", 500, 0, 0.05),
+        "fd_gain_over_base": Figure(1.2, "squared, pixels", 500, 0, 0.1),
     }
     for name, value in changes.items():
         found[name] = found[name]._replace(value=value)
@@ -96,7 +97,7 @@ def test_proposals():
     assert "About 100 for 10 effective ones: 10 % count" in found
     assert "pools of 1,000 hold 100.0" in found and "up to 1 %" in found
     # Of few proposals a larger share counts than of many: what many need is told by log Z's.
-    few = figures(ess=4.0, ess_share=0.04)
+    few = figures(ess=4.0, ess_share=0.04, gap_closed=0.95)
     prior = prior_of(GOOD, log_z=Z._replace(ess=2000.0))
     found = said(prior, few)
     assert "About 1,000 for 10 effective ones" in found["How many proposals are needed?"]
@@ -106,6 +107,8 @@ def test_proposals():
     assert "Few proposals count: fit on a nearer base" in found["What next?"]
     prior.log_z = Z._replace(ess=200.0)
     assert "draw with --proposals 10000, or fit on a nearer base" in said(prior, few)["What next?"]
+    left = said(prior, figures(ess=4.0, ess_share=0.04))["What next?"]  # which asks for one already
+    assert left.count("--base mixture-auto") == 1 and "count: draw with --proposals 10000." in left
 
 
 @pytest.mark.parametrize("ess", [4.0, 40.0])
@@ -142,7 +145,7 @@ def test_stages_where_a_mixture_was_not_near_enough():
             True,
         ),
         (prior_of(GOOD), {"gap_closed": 0.95}, "little left to win", True),
-        (prior_of(GOOD), {"gap_closed": -0.5}, "Do not use this prior", False),
+        (prior_of(GOOD), {"fd_gain_over_base": -0.3}, "Do not use this prior", False),
     ],
 )
 def test_what_next(prior, changes, advice, sample):
@@ -174,14 +177,21 @@ def test_the_gap_is_that_of_the_vae_prior_where_the_base_is_another():
     [(-0.3, "Do not use this prior"), (0.15, "no nearer to the data than its base's"), (0.3, "")],
 )
 def test_samples_are_compared_with_those_of_the_base(won, advice):
-    more = {
-        "fd_vae_prior": Figure(9.0, "squared, pixels", 500, 0, 0.03),
-        "gap_closed_base": Figure(0.75, "share", 500, 0, 0.01),
-        "fd_gain_over_base": Figure(won, "squared, pixels", 500, 0, 0.1),
-    }
-    found = said(figures_=figures() | more)["What next?"]
-    assert advice in found and ("Sample: " in found) == (won > 0)
-    assert ("Its samples are no nearer" in found) == (won == 0.15)
+    found = said(figures_=figures(fd_gain_over_base=won))["What next?"]
+    assert advice in found and ("Sample: " in found) == (won == 0.3)
+    assert ("sample RUN --prior base" in found) == (won == 0.15)
+    # Without a gap the sign of its share says nothing.
+    none = said(figures_=figures(fd_base=1.05, gap_closed=-5.0, fd_gain_over_base=won))
+    assert ("Do not use this prior" in none["What next?"]) == (won < 0)
+
+
+def test_a_combination_is_not_told_to_fit_again():
+    prior = prior_of(GOOD | {"train_loss": 0.5}, base=ncprior.GaussianMixture(10, 2))
+    assert "mixture-auto" in said(prior)["What next?"]
+    prior.record["combined"] = []
+    few = figures(ess=4.0, ess_share=0.04, c2st_ncp=0.6, c2st_ncp_p=1e-4)
+    for found in (said(prior), said(prior, few)):
+        assert "fit" not in found["What next?"]
 
 
 def of_groups():

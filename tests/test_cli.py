@@ -146,7 +146,8 @@ def test_combine(capsys, trained, tmp_path, monkeypatch):
     assert found["bound"]["value"] >= max(part["value"] for part in found["combined"]) - 0.05
     code, text, err = run(capsys, "combine", one, *names, "--out", out)
     assert code == 2 and "already holds a run; pass --overwrite" in err
-    code, text, _ = run(capsys, "combine", one, *names, "--out", out, "--overwrite")
+    code, text, _ = run(capsys, "combine", one, *names, "--out", out, "--overwrite", "--mean",
+                        "geometric")  # fmt: skip
     assert code == 0 and "Together they win" in text and f"Next: ncprior diagnose {out}" in text
     code, text, _ = run(capsys, "diagnose", out, "--json")
     assert code == 0 and json.loads(text)["fd_ncp"] > 0
@@ -154,6 +155,10 @@ def test_combine(capsys, trained, tmp_path, monkeypatch):
                         "--importance-samples", 3, "--log-z-draws", 100,
                         "--log-z-methods", "base", "--json")  # fmt: skip
     assert code == 0 and "nll_ncp" in json.loads(text)
+    base = json.loads(text)["nll_base"]
+    code, text, _ = run(capsys, "evaluate", out, "--metrics", "nll", "--images", 5, "--priors",
+                        "base", "--importance-samples", 3, "--json")  # fmt: skip
+    assert code == 0 and json.loads(text)["nll_base"] == pytest.approx(base)
     code, _, _ = run(capsys, "report", out)
     assert code == 0 and "more than the best alone" in (out / "report.html").read_text()
     for wrong, said in (

@@ -47,7 +47,10 @@ def test_all_metrics_at_once(three, halves, judge):
     found = quality_figures(three, data, splits, metrics=METRICS, features=judge, seed=3)
     kinds = ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage")
     kinds += ("near_train", "closer_to_train", "modes_tv", "rarest_class")
-    assert set(found) == {f"{kind}_{name}" for kind in kinds for name in three} | {"gap_closed"}
+    assert set(found) == {f"{kind}_{name}" for kind in kinds for name in three} | {
+        "gap_closed",
+        "fd_gain_over_base",
+    }
     checksum = load_features(judge).checksum[:8]
     for name, figure in found.items():
         assert math.isfinite(figure.value) and figure.error() and figure.seed == 3, name

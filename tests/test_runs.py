@@ -104,18 +104,6 @@ def test_metrics_are_added(run):
     assert Run.open(run.path).metrics() == {"a": a, "b": b}
 
 
-def test_figures_of_another_base_go_with_it(run):
-    """Once the prior stands on the VAE's own, nothing is left of what that was compared with."""
-    a = Figure(1.0, "nats", 3, 0, 0.1)
-    of_mixture = dict.fromkeys(["fd_vae_prior", "fd_base", "gap_closed", "gap_closed_base"], a)
-    likelihoods = dict.fromkeys(["nll_vae_prior", "nll_base"], a)
-    run.add_metrics(likelihoods)
-    run.add_metrics(of_mixture)
-    assert run.metrics().keys() == of_mixture.keys() | likelihoods.keys()
-    run.add_metrics({"fd_base": a, "gap_closed": a})
-    assert run.metrics().keys() == {"fd_base", "gap_closed", "nll_base"}
-
-
 def test_missing_run_names_its_neighbours(run):
     with pytest.raises(FileNotFoundError, match=r"does not exist; in .* there are run"):
         Run.open(run.path.parent / "rum")

@@ -242,7 +242,8 @@ def _next(
         )
     closed = figures.get("gap_closed")
     done = no_gap or (closed is not None and closed.value > NEARLY_ALL)
-    nearer = None if findings else _nearer_base(prior)
+    combined = "combined" in prior.record  # which is not fitted again but combined anew
+    nearer = None if findings or combined else _nearer_base(prior)
     separated = any(g["jsd"] > SEPARATED_JSD for g in groups)
     if separated and findings:
         said.append(
@@ -254,12 +255,14 @@ def _next(
         said.append(f"Fit in stages: ncprior fit {run} --stages adaptive --overwrite.")
     elif not done and nearer and closed is not None:
         said.append(f"A base nearer to the posterior may close more: {_fit_on(nearer, run)}.")
-    elif not done and max(map(_overfit, groups)) > OVERFIT_SHARE:
+    elif done or combined:
+        pass
+    elif max(map(_overfit, groups)) > OVERFIT_SHARE:
         said.append(
             "Fit again with more images, more dropout or more members: over-fitting limits the "
             "ratios."
         )
-    elif not done and _tells(figures):
+    elif _tells(figures):
         said.append(
             f"A larger ratio network (ncprior fit {run} --preset large --overwrite) may close more."
         )
@@ -271,22 +274,23 @@ def _next(
         ways = []
         if more > LARGEST:
             ways.append(f"draw with --proposals {more}")
-        if nearer and not separated:
+        if nearer and f"--base {nearer}" not in " ".join(said):
             ways.append(f"fit on a nearer base, of whose draws more count: {_fit_on(nearer, run)}")
         if ways:
             said.append(f"Few proposals count: {', or '.join(ways)}.")
-    won = figures.get("fd_gain_over_base", closed)  # over the base, in whatever unit
-    worse = won is not None and won.value + 2 * (won.se or 0) < 0
-    if worse:
+    won = figures.get("fd_gain_over_base")
+    error = 0.0 if won is None else 2 * (won.se or 0)
+    if won is not None and won.value < -error:
         said.append("Do not use this prior: its samples are further from the data than the base's.")
-    elif won is not None and won is not closed and won.value < 2 * (won.se or 0):
+    elif won is not None and won.value < error and not no_gap:
         said.append(
             "Its samples are no nearer to the data than its base's, beyond two errors, and those "
-            "are cheaper; whether it wins likelihood says 'ncprior evaluate'."
+            f"are cheaper: ncprior sample {run} --prior base --out samples.npz. Whether it wins "
+            f"likelihood says ncprior evaluate {run}."
         )
-    elif done and not no_gap:
-        said.append("There is little left to win with a prior; what remains is the decoder's.")
-    if not no_gap and not worse:
+    elif not no_gap:
+        if done:
+            said.append("There is little left to win with a prior; what remains is the decoder's.")
         said.append(f"Sample: ncprior sample {run} --out samples.npz.")
     return " ".join(said)
 

@@ -36,7 +36,7 @@ class Diagnosis(NamedTuple):
 
     figures: Figures
     warnings: list[str]
-    draws: dict[str, Draws]  # "base", "ncp", "reconstruction"
+    draws: dict[str, Draws]  # of `draw_each`: "base", "ncp", "reconstruction", "vae_prior"
     groups: Sequence[GroupFinding] = ()  # one for each latent group where there are several
     answers: Sequence[Answer] = ()  # to what a user asks, in words
 

@@ -38,8 +38,6 @@ Figures = dict[str, Figure]
 
 VAE_PRIOR = "vae_prior"
 """Ends the names of figures of the VAE's own prior, where an NCP stands on another base."""
-OF_BASE = ("fd_gain_over_base", "gap_closed_base", "nll_gain_base", "nll_gain_over_base")
-"""What there is of the base only then."""
 
 
 def as_json(figures: Figures) -> dict[str, Any]:

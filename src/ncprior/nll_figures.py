@@ -114,11 +114,11 @@ def measure_nll(
         raise ValueError(
             f"log_z_methods must be of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}"
         )
-    others = dict(others or {})
+    others, start = dict(others or {}), "base"  # of gains
     if prior is not None:
         own = getattr(vae, "prior", None)
         if prior.has_other_base(vae) and getattr(own, "normalized", False):
-            others = {VAE_PRIOR: own} | others
+            others, start = others | {VAE_PRIOR: own}, VAE_PRIOR
         vae = prior.under(vae)
     rows = splits.test[:images]
     proposals = 0 if prior is None else snis_proposals
@@ -153,7 +153,6 @@ def measure_nll(
         note += f", {density}"
     table = _Table(len(rows), math.prod(data.image_shape), seed, note)
     warnings = pixels_warnings(vae, found.binary) + weights_warnings(found.k_hat)
-    start = VAE_PRIOR if VAE_PRIOR in others else "base"  # of gains
     for name in dict.fromkeys((start, "base")):
         table.add(name, found.nll[name], 0.0, found.said(name))
     if prior is not None:
@@ -174,7 +173,7 @@ def measure_nll(
             table.figures[f"log_z_{method}"] = log_z_figure(estimates[method], seed, method)
         warnings += log_z_warnings(estimates)
     for name in others:
-        if name == VAE_PRIOR:
+        if name == start:
             continue
         table.add(name, found.nll[name], 0.0, found.said(name))
         table.add_gain(f"gain_{name}", found.nll[start] - found.nll[name], 0.0)

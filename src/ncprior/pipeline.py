@@ -320,6 +320,8 @@ def evaluate_run(
     prior = None
     if "ncp" in priors and (run.has_prior or tuple(priors) != ("base", "ncp")):
         prior = run.load_prior(vae)
+    elif run.has_prior:
+        vae = run.load_prior(vae).under(vae)  # the base is that of the NCP wherever it is named
     others = {
         name: load_energy(run, name.removesuffix(ENERGY))
         if name.endswith(ENERGY)

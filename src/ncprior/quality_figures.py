@@ -68,9 +68,9 @@ def quality_figures(
         splits: Test images are what samples are measured against; training images are what they
             might have been copied from.
         metrics: Some of
-            "fd": fd_NAME, and gap_closed where base, ncp and reconstruction are among the names:
-                from the base, or from vae_prior if that is there; then there are gap_closed_base
-                and fd_gain_over_base, FD base less FD ncp, besides;
+            "fd": fd_NAME; where base, ncp and reconstruction are among the names fd_gain_over_base,
+                FD base less FD ncp, and gap_closed, from the base or, if that is there, from
+                vae_prior, with gap_closed_base besides;
             "fd_infinity": fd_infinity_NAME, the same for infinitely many images;
             "kid": kid_NAME;
             "prdc": precision_NAME, recall_NAME, density_NAME, coverage_NAME;
@@ -190,15 +190,14 @@ class _Distances:
         return made
 
     def gaps(self) -> Figures:
-        """The share of the gap that the NCP closes; beside a base that is not its start, more."""
-        if VAE_PRIOR not in self.found:
-            return {"gap_closed": self._gap("base", "ncp")}
+        """What the NCP wins over its base, and the shares of the gap that both close."""
         won = self._of(lambda base, ncp: base - ncp, "base", "ncp")
         unit, note = f"squared, {self.unit}", "FD base - FD ncp"
+        gain = Figure(won.value, unit, self.samples, self.seed, won.se, note=note)
+        if VAE_PRIOR not in self.found:
+            return {"fd_gain_over_base": gain, "gap_closed": self._gap("base", "ncp")}
         return {
-            "fd_gain_over_base": Figure(
-                won.value, unit, self.samples, self.seed, won.se, note=note
-            ),
+            "fd_gain_over_base": gain,
             "gap_closed": self._gap(VAE_PRIOR, "ncp"),
             "gap_closed_base": self._gap(VAE_PRIOR, "base"),
         }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ncprior import __version__
 from ncprior.data import ImageDataset, Splits, load_data
-from ncprior.figures import OF_BASE, VAE_PRIOR, Figures, as_json, from_json
+from ncprior.figures import Figures, as_json, from_json
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.recipes import Recipe, check_recipe
 from ncprior.storage import (
@@ -186,12 +186,7 @@ class Run:
         return from_json(read_json(file)) if file.exists() else {}
 
     def add_metrics(self, figures: Figures) -> None:
-        known = self.metrics()
-        of_own = [name for name in figures if VAE_PRIOR in name]
-        if {"gap_closed", "nll_gain"} & set(figures) and not of_own:
-            # This prior stands on the VAE's own: what an earlier one's base was compared with goes.
-            known = {n: f for n, f in known.items() if VAE_PRIOR not in n and n not in OF_BASE}
-        write_json(self.path / "metrics.json", as_json(known | figures))
+        write_json(self.path / "metrics.json", as_json(self.metrics() | figures))
 
 
 def load_vae(path: str | Path) -> Any:

@@ -10,7 +10,10 @@ import torch
 
 import ncprior
 from ncprior.figures import Figure
+from ncprior.ratios import UnitRatio
 from ncprior.report import write_report
+from ncprior.report.build import _draw
+from ncprior.report.words import base_note
 from ncprior.runs import Run
 
 NASTY = '<b>run & "quote" \'$(x)'
@@ -157,6 +160,21 @@ def test_the_prior_of_the_vae_is_shown_where_the_base_is_another(copy):
     assert "stands on a Gaussian mixture" in found.words
     assert "VAE's own prior" in found.page[found.page.index("Distance to the test images") :]
     assert found.tags.count("img") == 5
+
+
+def test_pictures_of_an_autoencoder_are_of_the_base(tmp_path):
+    """It has no prior of its own: before the NCP is the density that was fitted to its codes."""
+    recipe = {"data": RECIPE["data"], "vae": RECIPE["vae"] | {"posterior_scale": "deterministic"}}
+    run = Run.create(tmp_path / "run", recipe)
+    data, splits = run.load_data()
+    vae = ncprior.build_vae(data.image_shape, **recipe["vae"]).eval()
+    mixture = ncprior.GaussianMixture(1, 2)
+    mixture.means += 9
+    prior = ncprior.NoiseContrastivePrior([UnitRatio()], mixture)
+    images, _ = _draw(vae, prior, data, splits, 5, 3, 0)
+    wanted = ncprior.draw(prior.under(vae), None, 5, seed=0).images
+    assert "vae_prior" not in images and torch.equal(images["base"], wanted)
+    assert base_note(vae, prior) == ""
 
 
 def test_a_prior_without_measurements(fitted):

@@ -11,7 +11,9 @@ from torch.distributions import kl_divergence
 from toys import TwoGroups, gaussian_images, linear_vae, true_log_ratio
 
 import ncprior
+from ncprior.metrics.normalizer import METHODS, estimate_log_z
 from ncprior.normal import StandardNormal
+from ncprior.numerics import LogZ
 from ncprior.priors import GaussianMixture, NoiseContrastivePrior
 from ncprior.ratios import CombinedRatio, ReencodedRatio, ResidualRatio, UnitRatio
 from ncprior.storage import fingerprint
@@ -135,6 +137,7 @@ def test_an_arithmetic_mean_is_the_mixture(vae, data, z):
     best = max(part["value"] for part in record["combined"])
     assert record["bound"]["value"] > best + record["gain"]["value"] / 2 > best
     assert abs(prior.log_z.value) < 4 * prior.log_z.se + 4e-3  # that of the second's own Z
+    assert record["bound"]["value"] == pytest.approx(record["combined"][0]["value"], abs=0.2)
 
 
 def test_one_without_weight_is_not_computed(vae, data, z):
@@ -148,6 +151,28 @@ def test_one_without_weight_is_not_computed(vae, data, z):
     weight = prior.record["combined"][1]["weight"]
     off = prior.unnormalized_log_prob(z) - (weight * low + (1 - weight) * high)
     assert off.std() < 1e-4  # a constant
+
+
+def test_one_that_is_a_density_alone_is_measured_like_any_other(vae, data):
+    """Its log r is 0 wherever it is: there is no gradient to follow."""
+    prior = ncprior.combine(vae, [normal(MEAN, SPREAD), normal(-4.0, 0.3)], data, **QUIET)
+    assert prior.ratios[0].places == (0,)
+    options = {"draws": 100, "chains": 20, "temperatures": 3, "seed": 0}
+    found = estimate_log_z(prior.under(vae), prior, METHODS, **options)
+    assert all(abs(z.value) < 1e-5 for z in found.values())
+
+
+def test_a_known_log_z_is_not_estimated_from_draws_that_do_not_cover(vae, data):
+    """An NCP as wide as N(0, I) beside a narrow mixture: as the density that it is, or told so."""
+    wide, narrow = normal(0.0, 1.0), normal(0.95, 0.9 * 0.4)
+    as_ratio = NoiseContrastivePrior([Scaled(2.0)], wide, log_z=LogZ(2.0, 0.0, 1.0, 1))
+    records = [
+        ncprior.combine(vae, [part, narrow], data, **QUIET).record["combined"]
+        for part in (wide, as_ratio)
+    ]
+    for one, other in zip(*records, strict=True):
+        assert one["weight"] == pytest.approx(other["weight"], abs=1e-4)
+        assert one["value"] == pytest.approx(other["value"], abs=1e-4)
 
 
 def test_best_weights_against_a_grid():
@@ -233,7 +258,7 @@ def test_bad_input(vae, data):
     other.record["vae"] = "another"
     with pytest.raises(ValueError, match=r"priors\[1\] was fitted on another VAE"):
         ncprior.combine(vae, [one, other], data, **QUIET)
-    with pytest.raises(ValueError, match=r"priors\[1\] is the VAE's own"):
+    with pytest.raises(ValueError, match=r"priors\[1\] is the VAE's own; name priors"):
         ncprior.combine(vae, [one, StandardNormal(2)], data, **QUIET)
     bounded = ncprior.priors.PRIORS["two-stage"](2)
     with pytest.raises(ValueError, match=r"priors\[0\] .* a TwoStagePrior has no density"):

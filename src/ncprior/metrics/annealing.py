@@ -166,9 +166,16 @@ def _look(log_base: LogDensity, log_ratio: LogDensity, z: Tensor) -> Moved:
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         log_p, log_r = log_base(z), log_ratio(z)
-        (slope_p,) = torch.autograd.grad(log_p.sum(), z)
-        (slope_r,) = torch.autograd.grad(log_r.sum(), z)
+        slope_p, slope_r = (_slope(values, z) for values in (log_p, log_r))
     return Moved(z.detach(), log_p.detach(), log_r.detach(), slope_p, slope_r)
+
+
+def _slope(values: Tensor, z: Tensor) -> Tensor:
+    """The gradients at z, 0 of what does not depend on it, such as the ratio of equal laws."""
+    if not values.requires_grad:
+        return torch.zeros_like(z)
+    (slope,) = torch.autograd.grad(values.sum(), z)
+    return slope
 
 
 @torch.no_grad()

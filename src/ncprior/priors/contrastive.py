@@ -15,11 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.groups import check_groups
+from ncprior.normal import StandardNormal
 from ncprior.numerics import LogZ
 from ncprior.priors.pretrained import load_prior, save_prior
 from ncprior.ratios import CombinedRatio, RatioNetwork, ReencodedRatio, SummedRatio, UnitRatio
 from ncprior.storage import fingerprint
 from ncprior.walk import Density, Group
+
+
+def identity(density: Any) -> Any:
+    """Something that is the same for equal densities, such as one that was saved and read again."""
+    if isinstance(density, StandardNormal):
+        return StandardNormal
+    weighted = isinstance(density, nn.Module) and density.state_dict()
+    return (type(density), fingerprint(density)) if weighted else id(density)
 
 
 class NoiseContrastivePrior(nn.Module):
@@ -78,9 +87,7 @@ class NoiseContrastivePrior(nn.Module):
         own = getattr(vae, "prior", None)
         if self.base is None or self.base is own or getattr(vae, "deterministic", False):
             return False
-        if not (isinstance(self.base, nn.Module) and isinstance(own, nn.Module)):
-            return True
-        return type(self.base) is not type(own) or fingerprint(self.base) != fingerprint(own)
+        return bool(identity(self.base) != identity(own))
 
     def attach(self, vae: Any) -> None:
         """Let ratios that look at decoded latents (`fit_prior`'s `reencode`) know their VAE.

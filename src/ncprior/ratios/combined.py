@@ -89,7 +89,11 @@ class CombinedRatio(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """log r in nats at z (n, d), (n,)."""
-        x, weights = self.each(z) - self.offsets.to(z), self.weights.to(z)
+        return self.mean_of(self.each(z))
+
+    def mean_of(self, each: Tensor) -> Tensor:
+        """log r (n,) from what `each` gave, (n, I)."""
+        x, weights = each - self.offsets.to(each), self.weights.to(each)
         if self.mean == "geometric":
             return x @ weights
         return (x + weights.log()).logsumexp(-1)

@@ -97,8 +97,11 @@ def _draw(
     rows = splits.train[some[: 10 * num]]
     seen = training_images(data, splits._replace(train=rows), seed)
     images["reconstruction"] = draw(vae, None, num, images=seen, seed=seed).images
-    unmended = VAE_PRIOR if prior is not None and prior.has_other_base(vae) else "base"
-    images[unmended] = draw(vae, None, num, seed=seed).images
+    if prior is not None and prior.has_other_base(vae):
+        images[VAE_PRIOR] = draw(vae, None, num, seed=seed).images
+    else:
+        under = vae if prior is None else prior.under(vae)
+        images["base"] = draw(under, None, num, seed=seed).images
     if prior is None:
         return images, None
     drawn = draw(vae, prior, num, proposals=proposals, seed=seed)
@@ -144,7 +147,7 @@ def _content(
         "missing": words.missing(known),
         "pictures": [_picture(key, images[key], proposals) for key in images],
         "nearest": _nearest(images, data, splits),
-        "base_note": words.base_note(prior),
+        "base_note": words.base_note(vae, prior),
         "columns": COLUMNS,
         "seed": seed,
         "figures": [facts.figure_row(key, figure) for key, figure in overall(figures).items()],

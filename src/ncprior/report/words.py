@@ -233,14 +233,14 @@ def nearest(name: str, neighbours: int, images: int) -> str:
     )
 
 
-def base_note(prior: NoiseContrastivePrior | None) -> str:
+def base_note(vae: Any, prior: NoiseContrastivePrior | None) -> str:
     """A caveat where the prior stands on another base than the VAE's own."""
-    name = "" if prior is None else base_name(prior)
-    if name in ("", "standard normal"):
+    if prior is None or not prior.has_other_base(vae):
         return ""
     return (
-        f"The noise contrastive prior of this run stands on a {name}, not on the VAE’s own prior: "
-        "JSD, log Z and ESS are all of that base. The gap closed is counted from the VAE’s own."
+        f"The noise contrastive prior of this run stands on a {base_name(prior)}, not on the VAE’s "
+        "own prior: JSD, log Z and ESS are all of that base. The gap closed is counted from the "
+        "VAE’s own."
     )
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ncprior.data import ImageDataset, as_dataset
 from ncprior.metrics import base_log_ratios
-from ncprior.normal import StandardNormal
-from ncprior.numerics import log_mean_exp, log_z, mean_and_se, stream
+from ncprior.numerics import LogZ, log_mean_exp, log_z, mean_and_se, stream
 from ncprior.priors import NoiseContrastivePrior
+from ncprior.priors.contrastive import identity
 from ncprior.ratios import CombinedRatio, UnitRatio
 from ncprior.ratios.combined import MEANS
 from ncprior.storage import fingerprint
@@ -30,16 +30,17 @@ from ncprior.walk import evaluating
 DRAWS = 100_000  # of the base, for the normaliser while the weights are found
 LOG_Z_DRAWS = 200_000  # other draws, for log Z
 MOST = 2.0  # weight of one prior
-ROUNDS = 300  # of expectation maximisation
+ROUNDS = 5000  # of expectation maximisation, at most
 LEAST_SHARE = 1e-3
 AT_ONCE = 4096
 
 
 class _Part(NamedTuple):
-    """A prior as log r + log b."""
+    """A prior as log r + log b, with its log Z where that is known."""
 
     ratio: nn.Module
     base: Any
+    log_z: float | None
 
 
 def combine(
@@ -107,7 +108,7 @@ def combine(
         held = HeldOut(vae, data, rows, [0], seed=seed, device=device_)
         at_q = torch.cat([pairs[0].posterior for pairs in held])
         base = _best_base([own, *(part.base for part in parts)], at_q)
-        all_parts = [*parts, _Part(UnitRatio(), own)]
+        all_parts = [*parts, _part(UnitRatio(), own, None)]
         ratio = _ratio(all_parts, base, mean).to(at_q)
         there = _in_pieces(ratio.each, at_q)
         draws = base.sample((DRAWS,), generator=stream(seed, "combining", device=device_))
@@ -123,9 +124,8 @@ def combine(
         ratio = _ratio([all_parts[i] for i in used], base, mean).to(at_q)
         ratio.weights.copy_(weights[used])
         ratio.offsets.copy_(offsets[used])
-        whole, over = _in_pieces(ratio, at_q), there[:, -1]
-        bounds = [_bound(x - over, held.images) for x in (there - z)[:, :-1].T]
-        bounds.append(_bound(whole - over - log_z(_in_pieces(ratio, draws)).value, held.images))
+        each = torch.cat([(there - z)[:, :-1], ratio.mean_of(there[:, used])[:, None]], 1)
+        bounds = [_bound(x, held.images) for x in (each.T - (there - z)[:, -1])]
 
         prior = NoiseContrastivePrior([ratio], base).eval().requires_grad_(False)
         under = vae.with_prior(base)
@@ -186,27 +186,38 @@ def best_weights(mean_at_q: Tensor, at_base: Tensor) -> tuple[Tensor, float]:
 def best_shares(at_q: Tensor) -> Tensor:
     """The w, none below 0, that add up to 1 of the largest E_q[log sum_i w_i exp(f_i)].
 
-    By expectation maximisation, whose fixed point it is; shares below a thousandth are left out.
+    By expectation maximisation, until no share moves by more than a millionth; shares below a
+    thousandth are left out then.
 
     Args:
         at_q: f at draws of q, the log-densities of the parts up to what all share, (n, I).
     """
     shares = torch.full_like(at_q[0], 1 / at_q.shape[1])
     for _ in range(ROUNDS):
-        shares = (at_q + shares.log()).softmax(-1).mean(0)
+        before, shares = shares, (at_q + shares.log()).softmax(-1).mean(0)
+        if (shares - before).abs().max() < 1e-6:
+            break
     shares = torch.where(shares < LEAST_SHARE, 0.0, shares)
     return shares / shares.sum()
 
 
 def _log_zs(parts: Sequence[_Part], at_base: Tensor) -> Tensor:
-    """log Z of each part, (I,), from its log-ratio at draws of a normalised base, (n, I).
+    """log Z of each part, (I,), if need be from its log-ratio at draws of a base, (n, I).
 
-    Where it is 0 by itself an estimate would only be off: that of N(0, I) from draws of a narrow
-    mixture far too low.
+    What is known is not estimated: from a narrow mixture log Z of a prior as wide as N(0, I) would
+    come out far too low.
     """
-    known = [isinstance(part.ratio, UnitRatio) and part.base.normalized for part in parts]
-    found = [0.0 if k else log_z(x).value for k, x in zip(known, at_base.T, strict=True)]
+    found = [
+        log_z(x).value if part.log_z is None else part.log_z
+        for part, x in zip(parts, at_base.T, strict=True)
+    ]
     return torch.tensor(found, dtype=at_base.dtype, device=at_base.device)
+
+
+def _part(ratio: nn.Module, base: Any, known: LogZ | None) -> _Part:
+    """Its log Z is the known one, or that of a density that is normalised."""
+    value = None if known is None else known.value
+    return _Part(ratio, base, 0.0 if isinstance(ratio, UnitRatio) and base.normalized else value)
 
 
 def _parts(vae: Any, priors: Sequence[Any]) -> list[_Part]:
@@ -220,10 +231,10 @@ def _parts(vae: Any, priors: Sequence[Any]) -> list[_Part]:
     if len(priors) < 2:
         raise ValueError(f"priors must hold at least two to combine, got {len(priors)}")
     own, parts = fingerprint(vae), []
-    known: dict[Any, Any] = {_identity(vae.prior): vae.prior}
+    known: dict[Any, Any] = {identity(vae.prior): vae.prior}
     for i, prior in enumerate(priors):
         ratio: Any = UnitRatio()
-        base = prior
+        base, known_z = prior, None
         if isinstance(prior, NoiseContrastivePrior):
             if prior.record.get("vae", own) != own:
                 raise ValueError(
@@ -231,8 +242,9 @@ def _parts(vae: Any, priors: Sequence[Any]) -> list[_Part]:
                 )
             prior.attach(vae)
             ratio, base = prior.ratios[0], vae.prior if prior.base is None else prior.base
-        if isinstance(ratio, UnitRatio) and _identity(base) == _identity(vae.prior):
-            raise ValueError(f"priors[{i}] is the VAE's own, which is in every combination")
+            known_z = prior.log_z
+        if isinstance(ratio, UnitRatio) and identity(base) == identity(vae.prior):
+            raise ValueError(f"priors[{i}] is the VAE's own; name priors that were fitted on it")
         if not isinstance(base, nn.Module) or not hasattr(base, "normalized"):
             raise ValueError(
                 f"priors[{i}] cannot be combined: its density must be a module that says whether "
@@ -242,16 +254,9 @@ def _parts(vae: Any, priors: Sequence[Any]) -> list[_Part]:
         if slow or not (base.normalized or hasattr(base, "unnormalized_log_prob")):
             what = "one that takes an equation for each latent" if slow else "no density"
             raise ValueError(f"priors[{i}] cannot be combined: a {type(base).__name__} has {what}")
-        parts.append(_Part(ratio, known.setdefault(_identity(base), base)))
+        # One that several priors stand on is kept once.
+        parts.append(_part(ratio, known.setdefault(identity(base), base), known_z))
     return parts
-
-
-def _identity(density: Any) -> Any:
-    """The same for equal densities, so that one that several priors stand on is kept once."""
-    if isinstance(density, StandardNormal):
-        return StandardNormal
-    weighted = isinstance(density, nn.Module) and density.state_dict()
-    return (type(density), fingerprint(density)) if weighted else id(density)
 
 
 def _best_base(densities: Sequence[Any], at_q: Tensor) -> Any:
