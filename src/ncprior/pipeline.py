@@ -42,7 +42,7 @@ DEMO: Recipe = {
     "data": {"source": "digits"},
     "vae": {"preset": "digits"},
     "train": {"steps": 2500, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 0.3},
-    "fit": {"preset": "small"},
+    "fit": {"preset": "small", "base": "mixture-auto"},
     "diagnose": {"samples": 5000, "proposals": 1000},
 }
 
