@@ -71,7 +71,9 @@ def hole(figures: Figures) -> str:
         return ""
     where = "" if group is None else f" in group {group}, the largest"
     words = "hardly any" if jsd.value < 0.01 else "a small" if jsd.value < 0.1 else "a large"
-    which = "The base that the ratios stand on" if _start(figures) == VAE_PRIOR else "The prior"
+    which = "The prior"
+    if _start(figures) == VAE_PRIOR:
+        which = "The ratios stand on a base that was fitted first, not on the VAE's own prior; it"
     said = f"{which} has {words} hole (JSD {jsd.value:.3f} of at most {LOG_2:.3f} nats{where})."
     if "jsd_test" in figures:
         test = figures["jsd_test"]
@@ -79,12 +81,13 @@ def hole(figures: Figures) -> str:
             f" On test images it is {test.text()} {test.error()}; both are lower bounds on average."
         )
     if "c2st_base" in figures:
+        base, own = _share(figures["c2st_base"]), figures.get(f"c2st_{VAE_PRIOR}")
+        first = "base samples" if own is None else "samples of the VAE's own prior"
         said += (
-            " A classifier of another kind, fitted anew, tells unseen images' latents from base "
-            f"samples with an accuracy of {_share(figures['c2st_base'])}, where chance is 50 %."
+            " A classifier of another kind, fitted anew, tells unseen images' latents from "
+            f"{first} with an accuracy of {base if own is None else _share(own)}, "
+            f"{'' if own is None else f'from those of the base with {base}, '}where chance is 50 %."
         )
-    if "c2st_vae_prior" in figures:
-        said += f" From samples of the VAE's own prior: {_share(figures['c2st_vae_prior'])}."
     return said
 
 
