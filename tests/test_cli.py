@@ -127,6 +127,27 @@ def test_the_whole_way(capsys, recipe, tmp_path, more):
     assert {"gap_closed", "nll_base"} <= json.loads((out / "metrics.json").read_text()).keys()
 
 
+def test_other_priors_beside_the_base_of_an_ncp(capsys, trained, tmp_path):
+    """What compare fitted is found whatever the NCP stands on, and whether that is asked for."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    for command in (
+        ("fit", out, "--base", "mixture-2", "--overwrite"),
+        ("compare", out, "--priors", "mixture-2", "--seeds", 1, "--metrics", "fd", "--samples", 40),
+    ):
+        assert run(capsys, *command)[0] == 0
+    found = []
+    for priors in ("base,mixture-2", "base,ncp,mixture-2"):
+        code, text, _ = run(capsys, "evaluate", out, "--priors", priors, "--metrics", "nll",
+                            "--images", 5, "--importance-samples", 3, "--log-z-draws", 100,
+                            "--log-z-methods", "base", "--json")  # fmt: skip
+        assert code == 0
+        found.append(json.loads(text))
+    for name in ("nll_base", "nll_mixture-2"):
+        assert found[0][name] == pytest.approx(found[1][name])
+    assert {"nll_vae_prior", "nll_ncp"} <= found[1].keys() - found[0].keys()
+
+
 def test_combine(capsys, trained, tmp_path, monkeypatch):
     """The run's own NCP, a mixture that compare fitted, and the NCP of another run of its VAE."""
     monkeypatch.setattr(combining, "DRAWS", 2000)

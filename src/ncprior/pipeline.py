@@ -317,11 +317,6 @@ def evaluate_run(
 ) -> Scores:
     """Score base prior, NCP and priors that `compare` fitted; add the figures to the run."""
     vae = run.load_vae()
-    prior = None
-    if "ncp" in priors and (run.has_prior or tuple(priors) != ("base", "ncp")):
-        prior = run.load_prior(vae)
-    elif run.has_prior:
-        vae = run.load_prior(vae).under(vae)  # the base is that of the NCP wherever it is named
     others = {
         name: load_energy(run, name.removesuffix(ENERGY))
         if name.endswith(ENERGY)
@@ -329,6 +324,8 @@ def evaluate_run(
         for name in priors
         if name not in BUILT_IN
     }
+    wanted = "ncp" in priors and (run.has_prior or tuple(priors) != ("base", "ncp"))
+    vae, prior = _under(run, "ncp" if wanted else "base")
     data, splits = run.load_data()
     scores = evaluate(
         vae,
