@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import flops, interleaved, products, show
+from common import as_after_reading, flops, interleaved, products, show
 
 from ncprior.metrics import importance_weighted_bounds
 from ncprior.numerics import stream
@@ -86,6 +86,7 @@ def per_image(
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 50
     torch.set_num_threads(1)
+    as_after_reading()
     torch.manual_seed(0)
     vae = build_vae((1, 28, 28), preset="lars-mnist").eval()
     images = (torch.rand(count, 1, 28, 28) < 0.2).float()

@@ -24,8 +24,10 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 NAMES = ["-".join(parts) for parts in product(
     ("mnist", "fashion"), ("mlp", "conv"), ("16", "64"), ("bernoulli", "gaussian")
 )]  # fmt: skip
-COMPARED = [*PRIORS, "mixture-auto", "ncp", "ncp-mixture", "ncp-mixture-auto"]
-SAMPLES, PROPOSALS, IMAGES = 2000, 1000, 500
+COMPARED = [
+    *PRIORS, "ncp", "ncp-mixture", "mixture-auto", "ncp-mixture-auto", "ncp+ncp-mixture-auto",
+]  # fmt: skip
+SAMPLES, IMAGES = 2000, 500
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def features(name: str, out: Path) -> Any:
 def measure(name: str, out: Path, seeds: int, priors: list[str]) -> None:
     run = train_run(recipe(name), out / name, resume=(out / name / "config.toml").exists())
     compare_run(
-        run, priors=priors, seeds=seeds, samples=SAMPLES, proposals=PROPOSALS, images=IMAGES,
+        run, priors=priors, seeds=seeds, samples=SAMPLES, images=IMAGES,
         features=features(name, out), resume=True,
     )  # fmt: skip
 

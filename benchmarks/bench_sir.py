@@ -3,9 +3,12 @@
 python benchmarks/bench_sir.py
 """
 
-import torch
-from common import flops, interleaved, products, show
+from unittest.mock import patch
 
+import torch
+from common import as_after_reading, flops, interleaved, products, show
+
+from ncprior import products as ours
 from ncprior.normal import StandardNormal
 from ncprior.numerics import stream
 from ncprior.priors import NoiseContrastivePrior
@@ -34,7 +37,7 @@ def streamed(prior: NoiseContrastivePrior, chunk: int) -> torch.Tensor:
     group = Group(base.rows(DRAWS), None, None)
     return sir(
         lambda i, k, generator: base.sample((k,), generator=generator),
-        lambda z, draws: prior.weight(0, group, z, draws),
+        prior.weigher(0, group),
         DRAWS,
         PROPOSALS,
         generator=[stream(0, "draw", i) for i in range(DRAWS)],
@@ -47,7 +50,7 @@ def law(prior: NoiseContrastivePrior, lower: NoiseContrastivePrior) -> str:
     """How far the picks' probabilities move when log r spreads by 2 nats, as real ones do."""
     z = torch.randn(64, PROPOSALS, LATENTS)
     group = Group(StandardNormal(LATENTS).rows(64), None, None)
-    log_r, rough = (p.weight(0, group, z, slice(0, 64)) for p in (prior, lower))
+    log_r, rough = (p.weigher(0, group)(z, slice(0, 64)) for p in (prior, lower))
     scale = 2 / log_r.std()
     moved = ((scale * log_r).softmax(1) - (scale * rough).softmax(1)).abs().sum(1) / 2
     error = scale * (rough - log_r).std()
@@ -55,6 +58,7 @@ def law(prior: NoiseContrastivePrior, lower: NoiseContrastivePrior) -> str:
 
 
 def main() -> None:
+    as_after_reading()
     torch.manual_seed(0)
     networks = {
         "16-128-128-1 ReLU": (
@@ -77,6 +81,12 @@ def main() -> None:
             "streamed": lambda: streamed(prior, prior.chunk(0)),
             "straightforward": lambda: straightforward(ratio),
         }
+
+        def plainly() -> None:
+            with patch.object(ours, "convolves", lambda: False):
+                streamed(prior, prior.chunk(0))
+
+        functions["plain products"] = plainly
         lower = prior.in_bfloat16()
         functions["bfloat16"] = lambda: streamed(lower, prior.chunk(0))
         seconds = interleaved(functions, repeats=7)
@@ -95,6 +105,10 @@ def main() -> None:
                 (
                     "streamed / straightforward",
                     f"{seconds['straightforward'] / seconds['streamed']:.2f} times as fast",
+                ),
+                (
+                    "the same with plain products / streamed",
+                    f"{seconds['plain products'] / seconds['streamed']:.2f} times as fast",
                 ),
                 ("streamed", f"{DRAWS / seconds['streamed']:.0f} draws/s"),
                 (

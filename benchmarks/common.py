@@ -29,6 +29,15 @@ def interleaved(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def as_after_reading() -> None:
+    """Have memory that is freed kept for the next block, as in a program that has read images.
+
+    A process that has freed no large block gives each one back, and filling fresh pages costs more
+    than many an operation; where one was freed, glibc keeps those of its size and smaller.
+    """
+    torch.empty(7_000_000)
+
+
 def products(shapes: list[tuple[int, int, int]]) -> Callable[[], None]:
     """The bare matrix products (n, i) x (i, o) of the given shapes, into memory kept for them."""
     work = [(torch.randn(n, i), torch.randn(i, o), torch.empty(n, o)) for n, i, o in shapes]

@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "ncprior"
 
 RANKS = {
-    0: {"walk", "normal", "numerics", "storage", "figures", "groups", "tail"},
+    0: {"walk", "normal", "numerics", "storage", "figures", "groups", "tail", "products"},
     1: {"ratios", "samplers", "vaes", "metrics", "data", "priors"},
     2: {"training", "recipes", "runs", "shares", "adapters"},
     3: {"readjustment", "generation", "evaluation", "diagnosis", "sources", "comparison"}
@@ -30,6 +30,7 @@ ONLY = {
     "numerics": {"tail"},
     "tail": set(),
     "storage": set(),
+    "products": set(),
     "normal": set(),
     "walk": {"normal"},
     "samplers": set(),

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from ncprior.metrics.importance import Weights, WeightSums
 from ncprior.walk import Group, device_of, from_prior, walk
 
-CACHED_NUMBERS = 1 << 18
+CACHED_NUMBERS = 1 << 20
 """Numbers of the decoder's output at which a CPU is fastest: few calls, all in its cache."""
 
 

@@ -1,6 +1,7 @@
 """Ratio networks over flattened latents: an MLP and a residual network.
 
-Members, and groups in training, are stacked: one batched matrix product serves all of them.
+Members, and groups in training, are stacked: one batched matrix product serves all of them. Where a
+CPU weighs many rows, one member after the other is as fast, and faster where `affine` is.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncprior.numerics import random_bytes
+from ncprior.products import affine
 from ncprior.ratios.network import RatioNetwork, shapes
 from ncprior.ratios.scratch import scratch
 
@@ -25,6 +27,7 @@ IN_PLACE: dict[str, Activation] = {
     "relu": torch.relu_,
     "silu": partial(F.silu, inplace=True),
 }
+EVERY = slice(None)
 
 
 class FlatRatio(RatioNetwork):
@@ -57,8 +60,11 @@ class FlatRatio(RatioNetwork):
             self.context_stem = EnsembleLinear(stack, size, width)
 
     @abstractmethod
-    def trunk(self, x: Tensor) -> Tensor:
-        """Behind the first layer (G E, n, width), which may be overwritten, to logits (G E, n)."""
+    def trunk(self, x: Tensor, some: slice = EVERY) -> Tensor:
+        """Behind the first layer (G E, n, width), which may be overwritten, to logits (G E, n).
+
+        Or (s, n, width) to (s, n) for `some` of the networks.
+        """
 
     def member_logits(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.stem(self._standardized(z, self.latent_shape, self.center, self.inverse_spread))
@@ -75,11 +81,19 @@ class FlatRatio(RatioNetwork):
         j, m = z.shape[:2]
         flat = z.reshape(j * m, self.latent_size)
         x = torch.addcmul(-self.center[0] * self.inverse_spread[0], flat, self.inverse_spread[0])
-        x = self.stem(x.expand(self.members, -1, -1), slot(0))
+        stacked = torch.is_grad_enabled() or not x.is_cpu
+        every = [EVERY] if stacked else [slice(e, e + 1) for e in range(self.members)]
+        return torch.cat([self._weigh(x, some, embedded, (j, m)) for some in every])
+
+    def _weigh(
+        self, x: Tensor, some: slice, embedded: Tensor | None, shape: tuple[int, int]
+    ) -> Tensor:
+        """Logits (s, j, m) of some members at standardised rows x (j m, d)."""
+        x = self.stem(x.expand(len(self.stem.bias[some]), -1, -1), some, slot(0))
         if embedded is not None:
-            parts, own = x.unflatten(1, (j, m)), embedded.transpose(0, 1)[:, :, None]
+            parts, own = x.unflatten(1, shape), embedded.transpose(0, 1)[some, :, None]
             x = (parts + own if torch.is_grad_enabled() else parts.add_(own)).flatten(1, 2)
-        return self.trunk(x).unflatten(1, (j, m))
+        return self.trunk(x, some).unflatten(1, shape)
 
     @torch.no_grad()
     def standardize(self, z: Tensor, context: Tensor | None = None) -> None:
@@ -97,7 +111,8 @@ class FlatRatio(RatioNetwork):
 
     @property
     def chunk(self) -> int:
-        return max(256, super().chunk)
+        of_one = super().chunk * (self.members if self.center.is_cpu else 1)
+        return max(256, of_one)
 
     def _context_part(self, context: Tensor) -> Tensor:
         assert self.context_shape is not None
@@ -161,10 +176,11 @@ class MLPRatio(FlatRatio):
             for before, after in itertools.pairwise([*hidden, 1])
         )
 
-    def trunk(self, x: Tensor) -> Tensor:
+    def trunk(self, x: Tensor, some: slice = EVERY) -> Tensor:
         activation = (ACTIVATIONS if torch.is_grad_enabled() else IN_PLACE)[self.activation]
         for i, layer in enumerate(self.layers):
-            x = layer(activation(x), slot((i + 1) % 2) if i + 1 < len(self.layers) else None)
+            last = i + 1 == len(self.layers)
+            x = layer(activation(x), some, None if last else slot((i + 1) % 2))
         return x.squeeze(-1)
 
 
@@ -213,14 +229,15 @@ class ResidualRatio(FlatRatio):
         )
         self.head = EnsembleLinear(stack, width, 1)
 
-    def trunk(self, x: Tensor) -> Tensor:
+    def trunk(self, x: Tensor, some: slice = EVERY) -> Tensor:
         training = torch.is_grad_enabled()
         silu = (ACTIVATIONS if training else IN_PLACE)["silu"]
         for enter, leave in self.blocks:
-            hidden = silu(enter(F.layer_norm(x, (self.width,)), slot(1)))
-            change = leave(dropout(hidden, self.dropout) if self.training else hidden, slot(2))
+            hidden = silu(enter(F.layer_norm(x, (self.width,)), some, slot(1)))
+            hidden = dropout(hidden, self.dropout) if self.training else hidden
+            change = leave(hidden, some, slot(2))
             x = x + change if training else x.add_(change)
-        return self.head(silu(F.layer_norm(x, (self.width,)))).squeeze(-1)
+        return self.head(silu(F.layer_norm(x, (self.width,))), some).squeeze(-1)
 
 
 def slot(number: int) -> int | None:
@@ -250,11 +267,12 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, before, after).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(members, 1, after))
 
-    def forward(self, x: Tensor, block: int | None = None) -> Tensor:
-        """The product, in memory of its own or, without gradient, in scratch `block`."""
-        members, _, after = self.weight.shape
+    def forward(self, x: Tensor, some: slice = EVERY, block: int | None = None) -> Tensor:
+        """Products of some members, in memory of their own or, without gradient, in scratch."""
+        weight, bias = self.weight[some], self.bias[some]
+        members, _, after = weight.shape
         out = None if block is None else scratch(block, x, (members, x.shape[1], after))
         if members == 1:  # the plain product is faster than a batch of one
             into = None if out is None else out[0]
-            return torch.addmm(self.bias[0], x[0], self.weight[0], out=into)[None]
-        return torch.baddbmm(self.bias, x, self.weight, out=out)
+            return affine(x[0], weight[0], bias[0, 0], into)[None]
+        return torch.baddbmm(bias, x, weight, out=out)

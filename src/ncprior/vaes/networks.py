@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ncprior.products import Linear, affine
 
 
 class Tanh(nn.Module):
@@ -85,7 +86,7 @@ class MLPDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         last: Any = self.layers[-1]
         bias = last.bias + self.offset  # one pass over the outputs fewer than adding it to them
-        outputs = F.linear(self.hidden(z), last.weight, bias).unflatten(1, self.shape)
+        outputs = affine(self.hidden(z), last.weight.T, bias).unflatten(1, self.shape)
         return outputs.sigmoid() if self.squash else outputs
 
 
@@ -180,8 +181,8 @@ def _mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
-        linear = nn.Linear(before, after)
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, ACTIVATIONS[activation]()]
+        layer = Linear(before, after)
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
