@@ -5,9 +5,10 @@ import torch
 from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
-from ncprior import comparison
+from ncprior import comparison, generation
 from ncprior.comparison import compare, load_fitted
 from ncprior.data import random_splits
+from ncprior.priors import DiffusionPrior
 from ncprior.priors.mixture import SIZES
 from ncprior.ratios import MatchedRatio, ReencodedRatio
 from ncprior.scoreboard import Comparison, Score, load_comparison, save_comparison
@@ -225,6 +226,14 @@ def test_draws_together_are_those_of_any_batch():
     assert len(whole.unique(dim=0)) == 50
 
 
+def test_a_slow_base_makes_a_slow_density():
+    vae = linear_vae()
+    (ratio,) = ncprior.fit_prior(vae, gaussian_images(100, torch.Generator()), **SMALL_FIT).ratios
+    for base, slow in ((DiffusionPrior(2), True), (vae.prior, False)):
+        assert comparison._is_slow(base) is slow
+        assert comparison._is_slow(ncprior.NoiseContrastivePrior([ratio], base)) is slow
+
+
 def test_slow_densities_are_left_out_unless_asked_for(data, splits, monkeypatch):
     """That of the diffusion prior is an equation to solve for each z."""
     fit = comparison.fit_density
@@ -241,17 +250,24 @@ def test_slow_densities_are_left_out_unless_asked_for(data, splits, monkeypatch)
 
 
 def test_ratios_in_stages_are_drawn_by_annealing(data, splits, monkeypatch):
-    samplers = {}
-    draws = comparison.Kept.draws
+    drawn, annealing = [], generation.SAMPLERS["annealed"]
 
-    def seen(self, name, source, num, *, sampler, **rest):
-        samplers[name] = sampler
-        return draws(self, name, source, num, sampler=sampler, **rest)
+    def seen(prior, *args, **rest):
+        drawn.append(prior)
+        return annealing(prior, *args, **rest)
 
-    monkeypatch.setattr(comparison.Kept, "draws", seen)
+    monkeypatch.setitem(generation.SAMPLERS, "annealed", seen)
     monkeypatch.setattr(comparison, "TIMED", 40)
     changes = options(priors=["gaussian", "ncp", "ncp-multistage"], seeds=1, samples=40)
     found = compare(linear_vae(), data, splits, **changes | {"metrics": ["fd"]})
-    assert samplers["ncp-multistage"] == "annealed" and samplers["ncp"] == "sir"
+    assert drawn and all(prior.in_stages for prior in drawn)
     by = {score.prior: score.values["fd"] for score in found.scores}
     assert by["ncp-multistage"] < by["gaussian"]
+
+
+def test_nll_of_a_prior_on_a_base_without_a_density_is_left_out(data, splits):
+    changes = options(priors=["gaussian", "ncp", "ncp-snis"], seeds=1, samples=40)
+    found = compare(linear_vae(), data, splits, **changes | {"metrics": ["nll", "fd"]})
+    by = {score.prior: score.values for score in found.scores}
+    assert "nll" in by["ncp"]
+    assert "nll" not in by["ncp-snis"] and "fd" in by["ncp-snis"]

@@ -137,7 +137,7 @@ def test_pools_of_groups_choose_their_sizes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "hmc"}, "sampler must be one of sir, langevin, annealed, got 'hmc'"),
+        ({"sampler": "hmc"}, "sampler must be one of auto, sir, langevin, annealed, got 'hmc'"),
         ({"num": 0}, "num must be positive, got 0"),
         ({"proposals": 0}, 'proposals must be "auto", a positive number or 1 of them'),
         ({"proposals": "many"}, "proposals must be .* got 'many'"),

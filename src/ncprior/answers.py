@@ -151,7 +151,7 @@ def _trust(prior: NoiseContrastivePrior, figures: Figures, findings: Sequence[Gr
     losses = f"loss {of['train_loss']:.3f} on images it was fitted on, {of['loss']:.3f} on others"
     if _overfit(of) > OVERFIT_SHARE:
         against.append(f"the classifier over-fits ({losses}{_in([worst], findings, 'most')})")
-    else:
+    elif "combined" not in prior.record:  # that of its parts is theirs
         for_it.append(f"no over-fitting ({losses}{_in([worst], findings, 'at worst')})")
     if "log_z" in figures:
         z = figures["log_z"]
@@ -322,8 +322,8 @@ def _tells(figures: Figures) -> bool:
 
 
 def _lasting_share(prior: NoiseContrastivePrior) -> float | None:
-    """The ESS share that large pools tend to, from the many draws for log Z of one group."""
-    if prior.log_z is None or prior.num_groups > 1:
+    """The ESS share that large pools tend to, from the many base draws for log Z of one group."""
+    if prior.log_z is None or prior.num_groups > 1 or prior.in_stages:
         return None
     return prior.log_z.ess / prior.log_z.num
 

@@ -50,6 +50,7 @@ class Mean(StrEnum):
 
 
 class Sampler(StrEnum):
+    auto = "auto"
     sir = "sir"
     langevin = "langevin"
     annealed = "annealed"
@@ -64,6 +65,8 @@ class Preset(StrEnum):
     groups_small = "groups-small"
     groups_flat = "groups-flat"
 
+
+SAMPLER = "How to draw from the NCP; auto: annealed for one in stages, SIR for any other."
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -328,7 +331,7 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Seed = 0,
     energy: Annotated[bool, typer.Option(help="With the energy that was fitted on it.")] = False,
-    sampler: Annotated[Sampler, typer.Option(help="How to draw from the NCP.")] = Sampler.sir,
+    sampler: Annotated[Sampler, typer.Option(help=SAMPLER)] = Sampler.auto,
     groups: Groups = None,
     proposals: Proposals = "auto",
     temperature: Annotated[float, typer.Option(help="Factor on the base's deviation.")] = 1.0,
@@ -375,7 +378,7 @@ def diagnose(
     run: RunArgument,
     samples: Annotated[int | None, typer.Option(min=40, help="Images from each source.")] = None,
     proposals: Annotated[int | None, typer.Option(min=1, help="SIR's pool.")] = None,
-    sampler: Annotated[Sampler | None, typer.Option(help="How to draw from the NCP.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option(help=SAMPLER)] = None,
     groups: Groups = None,
     group_samples: Annotated[
         int | None, typer.Option(min=0, help="Draws to compare in each latent group; 0 for none.")
@@ -422,7 +425,7 @@ def evaluate(
         ),
     ] = "fd,nll",
     samples: Annotated[int, typer.Option(min=40, help="Images from each prior.")] = 10_000,
-    sampler: Annotated[Sampler, typer.Option(help="How to draw from the NCP.")] = Sampler.sir,
+    sampler: Annotated[Sampler, typer.Option(help=SAMPLER)] = Sampler.auto,
     proposals: Proposals = "auto",
     images: Annotated[int, typer.Option(min=2, help="Test images for nll.")] = 1000,
     importance_samples: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 200,

@@ -36,8 +36,6 @@ ON_BASE = {"ncp-reencoded-": {"reencode": True}, "ncp-": {}}
 """What those on another base begin with, and their arguments; the name of the base follows."""
 COMBINED = "+"
 """Between the names of priors that are combined."""
-SAMPLERS = {"ncp-multistage": "annealed"}
-"""What noise contrastive priors are drawn by; SIR where it is not said."""
 TIMED = 500
 """Draws that the time per 1000 is taken from."""
 RECONSTRUCTION = "reconstruction"
@@ -173,9 +171,7 @@ def _measured(
             images, data, splits, metrics=quality, features=features, seed=seed, progress=progress
         )
     dense = {
-        name: prior
-        for name, prior in priors.items()
-        if asked["slow_nll"] or not getattr(prior, "slow_density", False)
+        name: prior for name, prior in priors.items() if asked["slow_nll"] or not _is_slow(prior)
     }
     if "nll" in asked["metrics"] and dense:
         found |= _likelihoods(
@@ -367,7 +363,6 @@ def _samples(
     found, seconds = {}, {}
     for name, source in sources.items():
         options: dict[str, Any] = {"seed": seed, "proposals": proposals}
-        options["sampler"] = SAMPLERS.get(name, "sir")
         found[name] = kept.draws(name, source, samples, progress=progress, **options).images
         began = time.perf_counter()  # draws that were kept took no time just now
         Kept(None).draws(name, source, TIMED, progress=False, **options)
@@ -402,10 +397,17 @@ def _likelihoods(
     return figures
 
 
+def _is_slow(prior: Any) -> bool:
+    """Whether an equation is solved for the density of each latent."""
+    return any(
+        getattr(density, "slow_density", False) for density in (prior, getattr(prior, "base", None))
+    )
+
+
 def _density(prior: Any, seed: int) -> Any:
     """What has `log_prob`, normalised or a bound; None for a prior without either."""
     if isinstance(prior, NoiseContrastivePrior):
-        return None if prior.log_z is None else prior
+        return prior if prior.log_z is not None and hasattr(prior.base, "log_prob") else None
     if prior.normalized:
         return prior
     if hasattr(prior, "log_prob_bound"):

@@ -11,7 +11,7 @@ from ncprior.answers import FAR_LOG_Z, Answer, answers, as_paragraphs, hole, win
 from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.evaluation import draw_each
 from ncprior.figures import Figure, Figures, as_text, table
-from ncprior.generation import Draws, draw
+from ncprior.generation import AUTO, Draws, draw, sampler_of
 from ncprior.group_figures import ess_figures, mmd_figures, overall
 from ncprior.group_findings import (
     FEW_PROPOSALS,
@@ -60,7 +60,7 @@ def diagnose(
     *,
     samples: int = 10_000,
     proposals: int = 1000,
-    sampler: str = "sir",
+    sampler: str = AUTO,
     temperature: float = 1.0,
     groups: str | Sequence[int] | None = None,
     group_samples: int = 2000,
@@ -96,7 +96,7 @@ def diagnose(
         prior: The prior to judge; by default one is fitted on the training images.
         samples: Images drawn from each of base, NCP and aggregate posterior.
         proposals: SIR's pool.
-        sampler: "sir" or "langevin".
+        sampler: As in `draw`.
         temperature: Factor on the standard deviation of the base prior.
         groups: Latent groups whose samples are drawn from the NCP, such as "0-4"; all that were
             fitted by default. The comparison of groups is of all that were fitted.
@@ -121,7 +121,6 @@ def diagnose(
     inspect.signature(draw).bind_partial(**options)  # a misspelt one stops here
     data, splits = as_data(data, splits, seed)
     options |= {
-        "sampler": sampler,
         "groups": groups,
         "proposals": proposals,
         "temperature": temperature,
@@ -129,6 +128,7 @@ def diagnose(
         "batch_size": batch_size,
     }
     prior = prior or fit_prior(vae, data, rows=splits.train, seed=seed, progress=progress)
+    options["sampler"] = sampler = sampler_of(prior, sampler)
     drawn = draw_each(vae, prior, data, splits, samples, seed=seed, progress=progress, **options)
     figures = held_out_figures(prior)
     several = prior.num_groups > 1
@@ -221,6 +221,7 @@ def held_out_figures(prior: NoiseContrastivePrior) -> Figures:
     record = prior.record
     figures: Figures = {}
     num, seed, several = record["heldout_images"], record["seed"], len(record["groups"]) > 1
+    whose = "images that chose the weights" if "combined" in record else "held out"
     fitted = {k: group for k, group in enumerate(record["groups"]) if group is not None}
     if several:
         total = sum(group["kl"] for group in fitted.values())
@@ -231,7 +232,7 @@ def held_out_figures(prior: NoiseContrastivePrior) -> Figures:
         for name in ("loss", "jsd"):
             label = f"nce_{name}" if name == "loss" else name
             interval = tuple(group[f"{name}_interval"])
-            note = "held out" if name == "loss" else "held out, a lower bound on average"
+            note = whose if name == "loss" else f"{whose}, a lower bound on average"
             figures[label + suffix] = Figure(
                 group[name], "nats", num, seed, interval=interval, note=note
             )

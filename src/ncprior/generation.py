@@ -42,7 +42,7 @@ def draw(
     prior: NoiseContrastivePrior | None = None,
     num: int = 64,
     *,
-    sampler: str = "sir",
+    sampler: str = AUTO,
     groups: str | Sequence[int] | None = None,
     proposals: Pool = AUTO,
     temperature: float = 1.0,
@@ -67,7 +67,8 @@ def draw(
         prior: The noise contrastive prior; None for the VAE's own.
         num: Number of images.
         sampler: "sir", "langevin" or "annealed". Annealing reaches laws so far from the base that
-            SIR finds next to no proposal there, stage by stage where the ratio has stages.
+            SIR finds next to no proposal there, stage by stage where the ratio has stages; "auto"
+            takes it for these, and SIR for all others.
         groups: Latent groups that use the NCP, such as "0-4" or [0, 1]; all that were fitted by
             default. The top ones matter most (section 5.4 of the paper), and the last may be
             unreliable.
@@ -99,8 +100,7 @@ def draw(
     _check(particles=particles, moves=moves)
     if proposals != AUTO:
         proposals = _pools(proposals, vae.num_groups)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    sampler = sampler_of(prior, sampler)
     if images is not None and len(images) == 0:
         raise ValueError("images must hold at least one image to reconstruct, got none")
     if prior is not None:
@@ -139,6 +139,15 @@ def draw(
     )
 
 
+def sampler_of(prior: NoiseContrastivePrior | None, sampler: str = AUTO) -> str:
+    """What `draw` makes of its argument; see there."""
+    if sampler == AUTO:
+        return "annealed" if prior is not None and prior.in_stages else "sir"
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of auto, {', '.join(SAMPLERS)}, got {sampler!r}")
+    return sampler
+
+
 @torch.no_grad()
 def pool_sizes(
     vae: Any, prior: NoiseContrastivePrior, *, temperature: float = 1.0
@@ -146,8 +155,8 @@ def pool_sizes(
     """How many proposals SIR needs in each latent group, (K,), by `enough_proposals`.
 
     The 0.1 nats are shared evenly among the fitted groups. What share of proposals counts is known
-    from the fit where there is one group; elsewhere 16 draws from pools of 500 tell, whose seed is
-    fixed, so that draws depend on theirs alone.
+    from the fit where there is one group and one stage; elsewhere 16 draws from pools of 500 tell,
+    whose seed is fixed, so that draws depend on theirs alone.
 
     Args:
         vae: A VAE on the prior's base.
@@ -155,10 +164,13 @@ def pool_sizes(
         temperature: Factor on the standard deviation of the base prior.
     """
     vae, known = prior.under(vae), prior.log_z
-    if vae.num_groups == 1 and temperature == 1 and known is not None:
+    if vae.num_groups == 1 and temperature == 1 and known is not None and not prior.in_stages:
         shares = [known.ess / known.num]
     else:
-        pilot = draw(vae, prior, PILOT_DRAWS, proposals=PILOT_PROPOSALS, temperature=temperature)
+        pilot = draw(
+            vae, prior, PILOT_DRAWS, sampler="sir", proposals=PILOT_PROPOSALS,
+            temperature=temperature,
+        )  # fmt: skip
         shares = (1 / (PILOT_PROPOSALS / pilot.ess).mean(1)).tolist()
     nats = NATS / max(1, len(prior.fitted_groups))
     return tuple(
@@ -323,6 +335,11 @@ def _by_annealing(
             ess.append(torch.full((len(generators),), torch.nan))
             return from_base(k, group)
         rows = group.prior.tempered(temperature)
+        if not hasattr(rows.row(0), "log_prob"):
+            raise ValueError(
+                f"sampler annealed needs a base whose density is known, not a "
+                f"{type(rows.row(0)).__name__}; use sir"
+            )
 
         def log_base(z: Tensor, draws: slice) -> Tensor:
             if group.context is None:  # the same for all rows

@@ -86,6 +86,30 @@ def test_too_few_draws_that_count(parts):
     assert found.figures["effective_draws"] < 10 == 2 * found.figures["numbers"]
 
 
+def test_terms_that_leave_too_few_draws_are_dropped():
+    """q is so far from p that p r with its moments lies where hardly any draw of p does."""
+    vae = linear_vae(mean=4.0, spread=0.4).double()
+    data = as_dataset(gaussian_images(2200, torch.Generator().manual_seed(3)).double())
+    table = evidence_of(vae, data, torch.arange(2000), slices=1, seed=0)
+    held = HeldOut(vae, data, torch.arange(2000, 2200), [0], seed=0)
+    network = useless_network()
+    found = match_moments(network, vae, table, held, draws=20_000, seed=0)
+    assert found.ratio is network and not found.figures["kept"]
+    assert found.figures["effective_draws"] == pytest.approx(20_000)
+    assert found.figures["effective_draws_matched"] < 10
+    assert "heldout_gain" not in found.figures
+
+
+def test_one_latent():
+    vae, images = linear_vae(size=1), gaussian_images(300, torch.Generator().manual_seed(1), 1)
+    prior = ncprior.fit_prior(
+        vae, images, steps=20, network_options={"width": 8, "blocks": 1, "members": 2},
+        log_z_draws=2000, progress=False,
+    )  # fmt: skip
+    assert prior.record["groups"][0]["moments"]["numbers"] == 2
+    assert ncprior.draw(vae, prior, 5, seed=0).latents[0].shape == (5, 1)
+
+
 def test_terms_are_bounded_far_away():
     ratio = MatchedRatio(useless_network())
     ratio.linear.fill_(1.0)

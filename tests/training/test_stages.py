@@ -5,6 +5,8 @@ import torch
 from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
+from ncprior.generation import pool_sizes, sampler_of
+from ncprior.priors import SNISPrior
 from ncprior.ratios import SummedRatio
 from ncprior.training import stages as module
 from ncprior.training.loop import Interrupted
@@ -62,7 +64,7 @@ def test_a_staged_prior_is_a_prior_like_any_other(few, images, tmp_path):
     prior = fit(images, stages=2)
     (ratio,) = prior.ratios
     assert isinstance(ratio, SummedRatio)
-    assert ratio.stages == 2
+    assert len(ratio.parts) == 2
     assert prior.record["settings"]["steps"] == 12
     assert prior.record["steps"] == 36  # two stages and what judges them
     found = prior.record["groups"][0]
@@ -85,6 +87,36 @@ def test_a_staged_prior_is_a_prior_like_any_other(few, images, tmp_path):
         a, b = (ncprior.draw(vae, p, 3, **options).latents[0] for p in (prior, again))
         assert torch.equal(a, b)
         assert a.isfinite().all()
+
+
+def test_stages_are_drawn_by_annealing_where_nothing_is_said(few, images):
+    vae, prior = linear_vae(2.0, 0.3, 0.1), fit(images, stages=2)
+    plain, annealed = (ncprior.draw(vae, prior, 3, **options).latents[0] for options in (
+        {}, {"sampler": "annealed"},
+    ))  # fmt: skip
+    assert torch.equal(plain, annealed)
+    assert sampler_of(fit(images), "auto") == sampler_of(None) == "sir"
+
+
+def test_pool_size_is_not_taken_from_annealed_pools(few, images):
+    """log Z of stages has the share of pools that count, which says nothing of proposals."""
+    vae, prior = linear_vae(4.0, 0.2, 0.1), fit(images, mean=4.0, spread=0.2, stages=1, steps=200)
+    staged = ncprior.NoiseContrastivePrior([SummedRatio([prior.ratios[0]])], vae.prior)
+    staged.log_z = prior.log_z._replace(ess=5.0, num=5)
+    assert pool_sizes(vae, staged)[0] > 100
+
+
+@pytest.mark.parametrize("base", ["snis", "ebm", "two-stage"])
+def test_stages_need_a_base_whose_density_is_known(few, images, base):
+    with pytest.raises(ValueError, match=f"density is known, not {base}"):
+        fit(images, stages=2, base=base)
+
+
+def test_annealing_needs_a_base_whose_density_is_known(images):
+    vae = linear_vae(2.0, 0.3, 0.1).with_prior(SNISPrior(2, proposals=4))
+    prior = ncprior.fit_prior(vae, images, **(TINY | QUIET | {"log_z_draws": 100}))
+    with pytest.raises(ValueError, match="density is known, not a SNISPrior; use sir"):
+        ncprior.draw(vae, prior, 3, sampler="annealed")
 
 
 def test_same_seed_same_prior(few, images):

@@ -162,6 +162,11 @@ class NoiseContrastivePrior(nn.Module):
         """The groups that have a ratio; the others keep their base prior."""
         return [k for k, ratio in enumerate(self.ratios) if not isinstance(ratio, UnitRatio)]
 
+    @property
+    def in_stages(self) -> bool:
+        """Whether a ratio is a sum of several; then log Z is of annealed pools."""
+        return any(isinstance(ratio, SummedRatio) for ratio in self.ratios)
+
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
         """One prior from parts that were fitted on different groups of the same VAE.

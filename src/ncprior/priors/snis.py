@@ -177,10 +177,15 @@ class BoundedRows(Repeated):
         self.prior = prior
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The bound in nats: with fresh proposals in training, with fixed ones otherwise."""
+        """The bound in nats: with fresh proposals in training, with fixed ones otherwise.
+
+        Of these there are 16 pools: what one does to the bound, it does to all of `value`.
+        """
         prior = self.prior
-        fixed = None if prior.training else stream(0, "SNIS proposals", device=value.device)
-        return prior.log_prob_bound(value, generator=fixed)
+        if prior.training:
+            return prior.log_prob_bound(value)
+        fixed = stream(0, "SNIS proposals", device=value.device)
+        return prior.log_prob_bound(value, generator=fixed, draws=16)
 
     def tempered(self, temperature: float) -> "BoundedRows":
         return BoundedRows(self.prior.tempered(temperature), self.num)

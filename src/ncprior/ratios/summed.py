@@ -33,10 +33,6 @@ class SummedRatio(nn.Module):
     def config(self) -> dict[str, Any]:
         return {"network": "summed", "parts": [part.config for part in self.parts]}
 
-    @property
-    def stages(self) -> int:
-        return len(self.parts)
-
     def each(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """log r_1, ..., log r_T in nats at z (n, *event), (T, n)."""
         return torch.stack([part(z, context) for part in self.parts])

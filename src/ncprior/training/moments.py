@@ -3,7 +3,8 @@
 On few images a classifier errs in what is easiest to measure: mean and covariance of the density
 that it implies. The density nearest to p r (in relative entropy) with those of q is p r exp(a'w +
 w'Bw) / Z, and a, B solve a convex problem over draws of p. It is dropped where held-out images
-speak against it: where there are many images, or few draws of p that count, it fits noise.
+speak against it, and where too few draws of p count under it to say anything: there, and where
+there are many images, it fits noise.
 """
 
 import math
@@ -37,7 +38,9 @@ def match_moments(
     """Add to log r what gives p r the mean and covariance of q, unless held-out images object.
 
     They do where E_q[log r] - log Z, which is by how much the ELBO under p r exceeds that under p,
-    falls by more than two standard errors, over their draws of q and fresh draws of p.
+    falls by more than two standard errors, over their draws of q and fresh draws of p. Of those at
+    least two for each number of a and B must count, with the terms and without; else they are
+    dropped, since neither log Z nor its error is known.
 
     Args:
         ratio: A calibrated network of one group of flat latents.
@@ -58,13 +61,17 @@ def match_moments(
     numbers = math.comb(drawn.posterior.shape[1] + 2, 2) - 1
     ess = float(effective_sample_size(at_p))
     figures: dict[str, Any] = {"kept": False, "effective_draws": ess, "numbers": numbers}
-    if ess < EFFECTIVE_PER_NUMBER * numbers:
+    enough = EFFECTIVE_PER_NUMBER * numbers
+    if ess < enough:
         return Matched(ratio, figures)
     matched = MatchedRatio(ratio)
     _whiten(matched, drawn.posterior)
     _solve(matched, drawn.posterior, drawn.prior, at_p)
     matched.eval().requires_grad_(False)
     own, tilt = _log_r(ratio, fresh.prior), _each(matched.tilt, fresh.prior).double()
+    figures["effective_draws_matched"] = left = float(effective_sample_size(own + tilt))
+    if left < enough:
+        return Matched(ratio, figures)
     at_q = torch.cat([_each(matched.tilt, pairs[0].posterior) for pairs in held]).double()
     per_image = at_q.view(-1, held.images).mean(0)
     change = float((own + tilt).logsumexp(0) - own.logsumexp(0))  # of log Z
@@ -80,7 +87,8 @@ def match_moments(
 def _whiten(matched: MatchedRatio, posterior: Tensor) -> None:
     """Coordinates in which these draws have mean 0 and covariance 1."""
     z = posterior.double()
-    spread = torch.linalg.cholesky(torch.cov(z.T))
+    covariance = torch.cov(z.T).view(z.shape[1], -1)  # one latent gives a number, not a matrix
+    spread = torch.linalg.cholesky(covariance)
     eye = torch.eye(len(spread), dtype=z.dtype, device=z.device)
     matched.centre.copy_(z.mean(0))
     matched.whitening.copy_(torch.linalg.solve_triangular(spread, eye, upper=False))

@@ -136,7 +136,7 @@ def fit_prior(
     if patience < 1:
         raise ValueError(f"patience must be at least 1 evaluation, got {patience}")
     check_base(base, vae)
-    check_stages(stages, vae)
+    check_stages(stages, vae, base)
     wanted = check_groups(range(vae.num_groups) if groups is None else groups, vae.num_groups)
     data = as_dataset(data)
     rows = torch.arange(len(data)) if rows is None else rows

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from ncprior.numerics import log_z, stream, stream_seed
+from ncprior.priors import PRIORS, parse_name
 from ncprior.ratios import SummedRatio
 from ncprior.ratios.nce import LOG_2
 from ncprior.samplers.annealed import MOVES, PARTICLES, anneal
@@ -72,17 +73,28 @@ class _Against:
         return [Pairs(posterior, self.particles[rows], None)]
 
 
-def check_stages(stages: int | str, vae: Any) -> int:
+def check_stages(stages: int | str, vae: Any, base: Any = None) -> int:
     """How many stages at most.
 
+    Args:
+        stages: What `fit_prior` was given.
+        vae: The VAE.
+        base: What the prior is to stand on: a density, the name of one, or None for the VAE's own.
+
     Raises:
-        ValueError: not a number of at least 1 or "adaptive", or several latent groups.
+        ValueError: not a number of at least 1 or "adaptive"; several latent groups; or a base
+            whose density is not known, which pools cannot be annealed from.
     """
     number = isinstance(stages, int) and not isinstance(stages, bool) and stages >= 1
     if not number and stages != ADAPTIVE:
         raise ValueError(f'stages must be a number of at least 1 or "adaptive", got {stages!r}')
     if stages != 1 and vae.num_groups > 1:
         raise ValueError("stages need a VAE with one latent group; fit hierarchical ones with 1")
+    if stages != 1:
+        density = vae.group(vae.start(1)).prior.row(0) if base is None else base
+        kind = PRIORS[parse_name(base)[0]] if isinstance(base, str) else density
+        if not hasattr(kind, "log_prob"):
+            raise ValueError(f"stages need a base whose density is known, not {base or kind}")
     return MOST_STAGES if isinstance(stages, str) else stages
 
 
