@@ -27,6 +27,11 @@ NAMES = ["-".join(parts) for parts in product(
 COMPARED = [
     *PRIORS, "ncp", "ncp-mixture", "mixture-auto", "ncp-mixture-auto", "ncp+ncp-mixture-auto",
 ]  # fmt: skip
+PAIRS = [
+    ("ncp-mixture-auto", "mixture-auto"), ("ncp-mixture-auto", "ncp"),
+    ("ncp-mixture-auto", "ncp-mixture"), ("ncp+ncp-mixture-auto", "ncp-mixture-auto"),
+]  # fmt: skip
+"""Priors whose difference is shown, seed by seed."""
 SAMPLES, IMAGES = 2000, 500
 
 
@@ -60,44 +65,57 @@ def measure(name: str, out: Path, seeds: int, priors: list[str]) -> None:
     )  # fmt: skip
 
 
-def gained(found: Comparison, column: str) -> dict[str, list[float]]:
-    """Values of each seed by prior; of the NLL what is won over the Gaussian with that seed."""
-    by_seed: dict[int, dict[str, float]] = {}
+def gained(found: Comparison, column: str) -> dict[str, dict[int, float]]:
+    """Values by prior and seed; of the NLL what is won over the Gaussian with that seed."""
+    values: dict[str, dict[int, float]] = {}
     for score in found.scores:
         if column in score.values:
-            by_seed.setdefault(score.seed, {})[score.prior] = score.values[column]
-    values: dict[str, list[float]] = {}
-    for of_seed in by_seed.values():
-        for prior, value in of_seed.items():
-            won = of_seed["gaussian"] - value if column == "nll" else value
-            values.setdefault(prior, []).append(won)
+            values.setdefault(score.prior, {})[score.seed] = score.values[column]
+    if column == "nll":
+        of_gaussian = values["gaussian"]
+        values = {prior: {seed: of_gaussian[seed] - nll for seed, nll in of.items()}
+                  for prior, of in values.items()}  # fmt: skip
     return values
+
+
+def differences(values: dict[str, dict[int, float]], first: str, second: str) -> list[float]:
+    """By how much the first prior is ahead, with each seed that both have."""
+    ours, theirs = values.get(first, {}), values.get(second, {})
+    return [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
 
 
 def with_error(values: list[float]) -> str:
     """The mean, with its standard error over seeds where there are several."""
+    if not values:
+        return ""
     if len(values) < 2 or len(set(values)) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def overview(out: Path) -> str:
-    """Gap closed, and NLL gained over the Gaussian, by VAE and prior, in Markdown."""
+    """Gap closed and NLL gained over the Gaussian by VAE and prior, and pairs of them; Markdown."""
     known = {name: load_comparison(out / name / "compare") for name in NAMES
              if (out / name / "compare" / "comparison.json").exists()}  # fmt: skip
     priors = list(dict.fromkeys(s.prior for found in known.values() for s in found.scores))
-    head = ["", "seeds", *priors]
     tables = []
     for title, column in (("gap closed", "gap_closed"), ("NLL gain, nats", "nll")):
-        rows = [[title, *head[1:]], ["---"] * len(head)]
+        rows, paired = [[title, "seeds", *priors]], [[title, *map(" over ".join, PAIRS)]]
         for name, found in known.items():
             values = gained(found, column)
-            best = max(values, key=lambda prior: statistics.mean(values[prior]))
-            cells = [with_error(values[p]) if p in values else "" for p in priors]
+            mean = {prior: statistics.mean(of.values()) for prior, of in values.items()}
+            best = max(mean, key=mean.__getitem__)
+            cells = [with_error([*values.get(prior, {}).values()]) for prior in priors]
             marked = [f"**{c}**" if p == best else c for p, c in zip(priors, cells, strict=True)]
-            rows.append([name, str(len({s.seed for s in found.scores})), *marked])
-        tables.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+            rows.append([name, str(len(values["gaussian"])), *marked])
+            paired.append([name, *(with_error(differences(values, *pair)) for pair in PAIRS)])
+        tables += [markdown(rows), markdown(paired)]
     return "\n\n".join(tables)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lined = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lined)
 
 
 def main() -> None:

@@ -18,5 +18,7 @@ os.environ |= {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world
 if step:
     load_vae = Run.load_vae
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    Run.load_vae = lambda self: interrupt_at(load_vae(self), int(step[0]), kill)
+    Run.load_vae = lambda self: interrupt_at(
+        load_vae(self), int(step[0]) + 1, kill
+    )  # after check_vae's
 fit_run(Run.open(Path(run)), resume=True, progress=False)

@@ -105,10 +105,32 @@ def test_proposals():
     assert "up to 100 %" in found["How many proposals are needed?"]
     assert "takes 1,000 (--proposals auto)" in found["How many proposals are needed?"]  # 99 / 0.105
     assert "Few proposals count: fit on a nearer base" in found["What next?"]
-    prior.log_z = Z._replace(ess=200.0)
-    assert "draw with --proposals 10000, or fit on a nearer base" in said(prior, few)["What next?"]
+    prior.log_z, few = Z._replace(ess=200.0), figures(ess=4.0, ess_share=0.04)
+    assert "draw with --proposals 10000" in said(prior, few)["What next?"]
     left = said(prior, figures(ess=4.0, ess_share=0.04))["What next?"]  # which asks for one already
     assert left.count("--base mixture-auto") == 1 and "count: draw with --proposals 10000." in left
+
+
+def test_shares_of_small_pools_flatter():
+    """What many draws say comes first, and the pools' own share is said to be one."""
+    prior = prior_of(GOOD, log_z=Z._replace(ess=400.0))
+    found = said(prior, figures(ess=9.0, ess_share=0.09))["How many proposals are needed?"]
+    assert "0.2 % count among many" in found and "know little of ratios" in found
+    found = said(prior, figures(ess=0.3, ess_share=0.003))["How many proposals are needed?"]
+    assert "0.2 % count on average" in found and "know little" not in found
+
+
+def test_no_more_proposals_where_nothing_is_left():
+    prior = prior_of(GOOD, log_z=Z._replace(ess=400.0))
+    for closed, advised in ((0.95, False), (0.5, True)):
+        few = figures(ess=4.0, ess_share=0.04, gap_closed=closed)
+        assert ("draw with --proposals" in said(prior, few)["What next?"]) is advised
+
+
+def test_no_number_of_proposals_where_all_is_separated():
+    prior = prior_of(GOOD | {"jsd": 0.69})
+    found = said(prior, figures(ess=87.0, ess_share=0.87))["How many proposals are needed?"]
+    assert found.startswith("No number will do")
 
 
 @pytest.mark.parametrize("ess", [4.0, 40.0])

@@ -2,16 +2,15 @@ import math
 
 import pytest
 import torch
-from toys import ExactFlat, gaussian_images, standard_normal
+from toys import ExactFlat, gaussian_images, linear_vae, standard_normal
 
 import ncprior
 from ncprior import evaluation, sources
 from ncprior.data import random_splits
 from ncprior.evaluation import draw_each
-from ncprior.metrics import moment_blocks
 from ncprior.nll_figures import nll_figures
 from ncprior.priors import GaussianMixture
-from ncprior.quality_figures import frechet_figures, gap_closed
+from ncprior.quality_figures import frechet_figures
 from ncprior.sources import Kept, Source, training_images
 
 
@@ -66,18 +65,6 @@ def test_same_seed_same_figures(data, splits):
     options = {"images": 20, "importance_samples": 3, "log_z_draws": 100}
     a, b, c = (nll_figures(Double(), data, splits, tilted(), seed=s, **options) for s in (0, 0, 1))
     assert a == b and a["nll_ncp"].value != c["nll_ncp"].value
-
-
-def test_gap_closed(rng):
-    def at(shift):
-        return moment_blocks(shift + torch.randn(4000, 2, generator=rng, dtype=torch.float64))
-
-    target, far, near = at(0.0), at(2.0), at(0.2)
-    assert gap_closed(far, far, near, target) == 0
-    assert gap_closed(far, near, near, target) == pytest.approx(1)
-    # Distances 8, 2 and 0.08 in closed form; 4 standard errors of |shift|^2.
-    middle = gap_closed(far, at(1.0), near, target)
-    assert middle == pytest.approx(6 / 7.92, abs=4 * 4 * 2 / math.sqrt(2000) / 7.92)
 
 
 def test_frechet_figures_of_the_data_themselves(data, splits):
@@ -205,3 +192,33 @@ def test_parts_are_the_draws_of_one_call(tmp_path, monkeypatch):
     found = Kept(tmp_path).draws("ncp", Source(Double(), tilted()), 20, seed=3, progress=False)
     whole = ncprior.draw(Double(), tilted(), 20, seed=3)
     assert torch.equal(found.images, whole.images) and torch.equal(found.ess, whole.ess)
+
+
+def test_test_images_that_a_prior_was_fitted_on(data, splits):
+    vae = linear_vae()
+    small = {"width": 4, "blocks": 1, "members": 1}
+    options = {"steps": 5, "network_options": small, "log_z_draws": 100, "progress": False}
+    counts = {"metrics": "fd", "samples": 40}
+    for rows, seen in ((splits.train, 0), (None, 120), (splits.test[:20], 20)):
+        prior = ncprior.fit_prior(vae, data, rows=rows, **options)
+        found = ncprior.evaluate(vae, prior, data, splits, **counts).warnings
+        told = [text for text in found if "the prior was fitted on" in text]
+        assert bool(told) == bool(seen)
+        if seen:
+            assert told[0].startswith(f"{seen} of the 120 test images")
+            diagnosed = ncprior.diagnose(
+                vae, data, splits, prior, samples=40, latent_metrics=()
+            ).warnings
+            assert told[0] in diagnosed
+
+
+def test_a_prior_of_another_vae(data, splits):
+    vae, other = linear_vae(), linear_vae(mean=0.7)
+    small = {"width": 4, "blocks": 1, "members": 1}
+    prior = ncprior.fit_prior(
+        vae, data, steps=5, network_options=small, log_z_draws=100, base="mixture", progress=False
+    )
+    prior.check_fitted_on(prior.under(vae))  # the same networks on another base
+    for measure in (ncprior.evaluate, ncprior.diagnose):
+        with pytest.raises(ValueError, match="fitted on another VAE"):
+            measure(other, prior=prior, data=data, splits=splits, samples=40)

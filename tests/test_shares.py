@@ -15,6 +15,8 @@ from ncprior.pipeline import fit_run
 from ncprior.runs import Run
 from ncprior.shares import Parts, process_place, share_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:Reconstructions are no nearer")  # untrained
+
 HERE = Path(__file__).resolve().parent
 FIT = {"preset": "groups-small", "steps": 12, "batch_size": 8, "evaluate_every": 4, "patience": 99}
 FIT |= {"checkpoint_every": 5, "network_options": {"width": 4}, "tensorboard": False}

@@ -10,10 +10,12 @@ from torch import nn
 from ncprior.storage import (
     fingerprint,
     load_tensors,
+    pack_rows,
     read_json,
     replacing,
     restore,
     save_tensors,
+    unpack_rows,
     write_bytes,
     write_json,
 )
@@ -126,3 +128,23 @@ def test_fingerprint():
     module.running_mean[0] = 1e-30
     assert fingerprint(module) != before
     assert fingerprint(nn.Sequential(nn.BatchNorm1d(2))) != before
+
+
+def test_fingerprint_without_a_part():
+    module = nn.ModuleDict({"prior": nn.Linear(1, 1), "priors": nn.Linear(1, 1)})
+    whole, rest = fingerprint(module), fingerprint(module, without="prior")
+    nn.init.zeros_(module["prior"].weight)
+    assert fingerprint(module) != whole and fingerprint(module, without="prior") == rest
+    nn.init.zeros_(module["priors"].weight)
+    assert fingerprint(module, without="prior") != rest
+
+
+@pytest.mark.parametrize("rows", [[], [0], [7], [3, 1, 1000], range(5000)])
+def test_rows_round_trip(rows):
+    packed = pack_rows(torch.tensor([*rows], dtype=torch.int64))
+    assert unpack_rows(packed).tolist() == sorted(rows)
+
+
+def test_rows_take_little_room():
+    rows = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))[:50_000]
+    assert len(pack_rows(rows)) < 60_000 / 8 * 4 / 3

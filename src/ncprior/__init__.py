@@ -17,7 +17,9 @@ _HOME = {
     "NoiseContrastivePrior": "ncprior.priors",
     "Splits": "ncprior.data",
     "build_vae": "ncprior.vaes",
+    "check_vae": "ncprior.vaes",
     "combine": "ncprior.training",
+    "compare": "ncprior.comparison",
     "diagnose": "ncprior.diagnosis",
     "draw": "ncprior.generation",
     "draw_with_energy": "ncprior.vaebm",
@@ -44,7 +46,9 @@ __all__ = [
     "Splits",
     "__version__",
     "build_vae",
+    "check_vae",
     "combine",
+    "compare",
     "diagnose",
     "draw",
     "draw_with_energy",
@@ -73,6 +77,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from ncprior.comparison import compare
     from ncprior.data import ImageDataset, Splits, load_data
     from ncprior.diagnosis import diagnose
     from ncprior.evaluation import evaluate
@@ -81,4 +86,4 @@ if TYPE_CHECKING:
     from ncprior.runs import load_vae
     from ncprior.training import combine, finetune_vae, fit_prior, train_vae
     from ncprior.vaebm import ImageEnergy, draw_with_energy, fit_energy
-    from ncprior.vaes import NVAE, Bernoulli, Categorical, FlatVAE, Gaussian, build_vae
+    from ncprior.vaes import NVAE, Bernoulli, Categorical, FlatVAE, Gaussian, build_vae, check_vae

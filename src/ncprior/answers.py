@@ -21,6 +21,7 @@ NEAR_LOG_Z = 0.2
 ENOUGH_PROPOSALS = 10  # effective ones: any probability is off by a tenth at most
 CONVINCING = 0.01  # p-value
 NEARLY_ALL = 0.9  # of the gap
+FLATTERED = 0.5  # of the share of proposals that count in a pool is left in very large ones
 BEST_BASE = "mixture-auto"
 WITH_HOLE = {"mended", "improved", "unchanged", "worse", "hole", "unreliable"}
 
@@ -178,6 +179,8 @@ def _trust(prior: NoiseContrastivePrior, figures: Figures, findings: Sequence[Gr
                 "a fresh classifier does not tell NCP samples from the posterior beyond doubt, "
                 f"{accuracy} on {figures['c2st_ncp'].samples:,} test images"
             )
+    if prior.record.get("vae_warnings"):
+        against.append("the VAE looks wrong, or wrongly wrapped (see the warnings)")
     unreliable = [f.group for f in findings if f.word == "unreliable"]
     if unreliable and not separated:
         against.append(f"{name_groups(unreliable)}: unreliable (the table says why)")
@@ -197,6 +200,12 @@ def _proposals(
     that, by which any probability can be off at most, is below 1 / (m * share).
     """
     sampled = [f for f in findings if {"ess", "ess_share"} <= {*f.figures}]
+    groups = [g for g in prior.record.get("groups", []) if g is not None]
+    if not sampled and groups and all(g["jsd"] > SEPARATED_JSD for g in groups):
+        return (
+            "No number will do: hardly any draw of the base lies where posteriors do, and what the "
+            "ratios say of the others means nothing."
+        )
     if sampled:
         worst = min(sampled, key=lambda f: f.figures["ess"].value)
         ess, share = worst.figures["ess"], worst.figures["ess_share"].value
@@ -205,16 +214,19 @@ def _proposals(
         ess, share, of = figures["ess"], figures["ess_share"].value, ""
     else:
         return ""
-    pool = round(ess.value / share)
-    if ess.value < ENOUGH_PROPOSALS:
-        share = min(share, _lasting_share(prior) or share)
+    pool, lasting = round(ess.value / share), _lasting_share(prior) or share
+    rare = lasting < FLATTERED * share
+    share = min(share, lasting)
     needed = _rounded_up(ENOUGH_PROPOSALS / share)
-    off = min(1.0, 1 / (pool * min(share, _lasting_share(prior) or share)))
+    off = min(1.0, 1 / (pool * share))
+    held = f"The pools of {pool:,} hold {ess.value:.1f}"
+    if rare:
+        held += " by their own weights, which know little of ratios that are large and rare"
     return (
-        f"About {needed:,} for {ENOUGH_PROPOSALS} effective ones{of}: {100 * share:.2g} % count on "
-        f"average. The pools of {pool:,} hold {ess.value:.1f}, so that SIR may shift any "
-        f"probability by up to {max(1, round(100 * off))} %; this falls as one over the number "
-        f"of proposals.{_chosen(prior)}"
+        f"About {needed:,} for {ENOUGH_PROPOSALS} effective ones{of}: {100 * share:.2g} % count "
+        f"{'among many' if rare else 'on average'}. {held}, so that SIR may shift any probability "
+        f"by up to {max(1, round(100 * off))} %; this falls as one over the number of proposals."
+        f"{_chosen(prior)}"
     )
 
 
@@ -275,7 +287,7 @@ def _next(
         share = min(figures["ess_share"].value, _lasting_share(prior) or 1.0)
         more = _rounded_up(max(ENOUGH_PROPOSALS / share, pool))
         ways = []
-        if more > LARGEST:
+        if more > LARGEST and not done:
             ways.append(f"draw with --proposals {more}")
         if nearer and f"--base {nearer}" not in " ".join(said):
             ways.append(f"fit on a nearer base, of whose draws more count: {_fit_on(nearer, run)}")

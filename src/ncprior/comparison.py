@@ -92,6 +92,7 @@ def compare(
     Raises:
         ValueError: an unknown prior, a count below 1, or a hierarchical VAE.
     """
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     _check(vae, priors, seeds, samples)
     data, splits = as_data(data, splits, 0)
     codes = codes_of(vae, data, splits.train, generator=stream(0, "codes"), device=device_of(vae))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ncprior.answers import FAR_LOG_Z, Answer, answers, as_paragraphs, hole, winnings
 from ncprior.data import ImageDataset, Splits, as_data
-from ncprior.evaluation import draw_each
+from ncprior.evaluation import draw_each, seen_test_images
 from ncprior.figures import Figure, Figures, as_text, table
 from ncprior.generation import AUTO, Draws, draw, sampler_of
 from ncprior.group_figures import ess_figures, mmd_figures, overall
@@ -128,6 +128,7 @@ def diagnose(
         "batch_size": batch_size,
     }
     prior = prior or fit_prior(vae, data, rows=splits.train, seed=seed, progress=progress)
+    prior.check_fitted_on(vae)
     options["sampler"] = sampler = sampler_of(prior, sampler)
     drawn = draw_each(vae, prior, data, splits, samples, seed=seed, progress=progress, **options)
     figures = held_out_figures(prior)
@@ -160,6 +161,8 @@ def diagnose(
                 "SIR's pools hold fewer than 3 effective proposals: samples repeat the few best. "
                 "Raise proposals or use a base nearer to the posterior."
             )
+    first = [*prior.record.get("vae_warnings", []), *seen_test_images(prior, splits)]
+    warnings = [*first, *warnings]
     if prior.log_z is not None and abs(prior.log_z.value) > FAR_LOG_Z:
         warnings.append(
             f"log Z is {prior.log_z.value:.2f}, far from 0: the ratios do not average to 1 under "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ncprior.data import ImageDataset, Splits, as_data
@@ -15,6 +16,7 @@ from ncprior.priors import NoiseContrastivePrior
 from ncprior.quality_figures import METRICS as QUALITY_METRICS
 from ncprior.quality_figures import Spec, quality_figures
 from ncprior.sources import Kept, Source, WithEnergy, reconstructions
+from ncprior.storage import unpack_rows
 
 LATENT_METRICS = ("mmd", "c2st", "swd")
 METRICS = ("nll", *QUALITY_METRICS, *LATENT_METRICS)
@@ -104,6 +106,7 @@ def evaluate(
         ValueError: an unknown metric, "nll" of an autoencoder, a count that is too small, or a
             prior for another VAE.
     """
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise ValueError(
@@ -116,10 +119,12 @@ def evaluate(
     if taken := {"base", "ncp", VAE_PRIOR, "reconstruction"} & set(priors or {}):
         raise ValueError(f"priors must have other names than {', '.join(sorted(taken))}")
     data, splits = as_data(data, splits, seed)
+    if prior is not None:
+        prior.check_fitted_on(vae)
     kept = Kept(directory, resume=resume)
     identity = [Source.of(vae, p).identity() for p in (prior, *(priors or {}).values())]
     figures: Figures = {}
-    warnings: list[str] = []
+    warnings = [] if prior is None else seen_test_images(prior, splits)
 
     def add(name: str, settings: Any, measure: Callable[[], tuple[Figures, list[str]]]) -> None:
         with kept.answer(name, settings, identity, seed) as content:
@@ -168,6 +173,19 @@ def evaluate(
             ), []))  # fmt: skip
     kept.clear()
     return Scores(figures, names, warnings)
+
+
+def seen_test_images(prior: NoiseContrastivePrior, splits: Splits) -> list[str]:
+    """A warning if a prior was fitted on some of the test images, as far as it says."""
+    packed = prior.record.get("rows")
+    seen = 0 if packed is None else int(torch.isin(splits.test, unpack_rows(packed)).sum())
+    if not seen:
+        return []
+    return [
+        f"{seen:,} of the {len(splits.test):,} test images are among those that the prior was "
+        "fitted on, which flatters its figures. Fit it with rows=splits.train, and pass the same "
+        "splits here."
+    ]
 
 
 def draw_each(

@@ -23,7 +23,6 @@ from ncprior.metrics.features import (
 from ncprior.metrics.frechet import (
     BLOCKS,
     Frechet,
-    frechet_distance,
     frechet_estimates,
     moment_blocks,
 )
@@ -150,11 +149,6 @@ def frechet_figures(
 ) -> Figures:
     """Distances of base, ncp and reconstruction to the test images, and the gap closed."""
     return quality_figures(draws, data, splits, features=features, seed=seed)
-
-
-def gap_closed(base: Any, ncp: Any, reconstruction: Any, reference: Any) -> float:
-    """(FD_base - FD_ncp) / (FD_base - FD_reconstruction) from blocks of moments."""
-    return _closed(*[frechet_distance(part, reference) for part in (base, ncp, reconstruction)])
 
 
 def _closed(base: Any, ncp: Any, reconstruction: Any) -> Any:

@@ -1,13 +1,16 @@
 """Files that are never left half written, and modules on disk as config.json + safetensors."""
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,10 +98,25 @@ def restore(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         raise ValueError(f"the weights in {path} do not fit its config.json: {error}") from None
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's weights and buffers, whatever their device."""
+def pack_rows(rows: Tensor) -> str:
+    """Row numbers (n,) as text, an eighth of a byte for each row up to the largest, or less."""
+    mask = torch.zeros(int(rows.max()) + 1 if len(rows) else 0, dtype=torch.bool)
+    mask[rows.cpu()] = True
+    return base64.b64encode(zlib.compress(np.packbits(mask.numpy()).tobytes(), 9)).decode()
+
+
+def unpack_rows(packed: str) -> Tensor:
+    """The row numbers that `pack_rows` was given, in rising order."""
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(bits)).nonzero().flatten()
+
+
+def fingerprint(module: nn.Module, without: str | None = None) -> str:
+    """SHA-256 of a module's weights and buffers, but for a submodule's, whatever their device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if without is not None and name.startswith(f"{without}."):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

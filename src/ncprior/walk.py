@@ -8,7 +8,7 @@ in how z_k is chosen.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Generator, Tensor
@@ -96,7 +96,7 @@ class Posterior(Protocol):
 class Repeated:
     """The same density, of batch shape (), for each of `num` rows."""
 
-    def __init__(self, density: Density, num: int) -> None:
+    def __init__(self, density: Any, num: int) -> None:
         self.density, self.num = density, num
 
     @property
@@ -115,8 +115,8 @@ class Repeated:
     def log_prob(self, value: Tensor) -> Tensor:
         return self.density.log_prob(value)
 
-    def tempered(self, temperature: float) -> "Repeated":
-        return Repeated(self.density.tempered(temperature), self.num)
+    def tempered(self, temperature: float) -> Self:
+        return type(self)(self.density.tempered(temperature), self.num)
 
     def row(self, index: int) -> Density:
         return self.density

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ncprior.data import ImageDataset
+from ncprior.data import ImageDataset, as_data, random_splits
 
 ROWS = torch.tensor([3, 0, 3, 9])
 
@@ -142,7 +142,9 @@ def test_other_bad_options(images):
         (torch.zeros(2, 3, 3), ValueError, r"got \(2, 3, 3\)"),
         (torch.zeros(0, 1, 3, 3), ValueError, "no axis empty"),
         (torch.full((2, 1, 3, 3), 1.5), ValueError, "got 1.5 to 1.5"),
-        (torch.full((2, 1, 3, 3), float("nan")), ValueError, "got nan to nan"),
+        (torch.full((2, 1, 3, 3), float("nan")), ValueError, "got NaN in 2 of 2"),
+        (torch.full((2, 1, 3, 3), 9.0), ValueError, r"in \[0, 1\], got 9 to 9; divide by 255"),
+        (torch.full((2, 1, 3, 3), -1.0), ValueError, r"in \[0, 1\], got -1 to -1; bring them"),
     ],
 )
 def test_bad_images(bad, error, message):
@@ -168,3 +170,10 @@ def test_labels(images):
 def test_bad_labels(images, labels, error, message):
     with pytest.raises(error, match=message):
         ImageDataset(images, labels=labels)
+
+
+def test_what_is_no_images_or_no_splits(images):
+    with pytest.raises(TypeError, match="got a list; gather what a loader gives"):
+        as_data([images])
+    with pytest.raises(TypeError, match=r"must be ncprior.Splits.* got a tuple"):
+        as_data(images, tuple(random_splits(10, 1, 2, 0)))

@@ -9,7 +9,7 @@ from sklearn.mixture import GaussianMixture as Fit
 
 from ncprior import GaussianMixture
 from ncprior.priors import Codes
-from ncprior.priors.expectation import expectation_maximisation
+from ncprior.priors.expectation import clusters, expectation_maximisation
 
 
 def doubles(values):
@@ -136,7 +136,8 @@ def test_every_iteration_raises_the_bound(rng):
         codes = Codes(loc, torch.full_like(loc, scale))
         bounds = []
         for iterations in range(1, 12):
-            *_, bound = expectation_maximisation(codes, 4, seed=0, max_iter=iterations, tol=-1)
+            start = clusters(codes, 4, seed=0)
+            *_, bound = expectation_maximisation(codes, start, max_iter=iterations, tol=-1)
             bounds.append(bound)
         assert all(b > a - 1e-5 for a, b in itertools.pairwise(bounds))
         assert bounds[-1] > bounds[0] + 0.01
@@ -167,8 +168,11 @@ def test_auto_takes_the_number_that_held_out_codes_choose(rng, monkeypatch):
     found = GaussianMixture.fit(
         z, "auto", report=lambda _, figures: sizes.append(figures["log_prob"])
     )
-    assert len(found.means) == 2 and len(sizes) == 3
+    assert len(found.means) == 2 and len(sizes) == 4
     assert sizes[2] > sizes[1] > sizes[0]  # of what they were fitted to
+    # A step on all codes gives the mixture their mean, one on nine tenths does not.
+    mean = found.log_weights.exp() @ found.means
+    torch.testing.assert_close(mean, z.mean(0), rtol=0, atol=1e-4)
 
 
 def test_auto_on_few_codes(rng):

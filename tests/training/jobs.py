@@ -37,7 +37,8 @@ def fit(data, splits, *, hook=None, **options):
     """Stage 2 for 40 steps on a VAE as it came; returns weights and what was found."""
     vae = small_vae()
     if hook:
-        interrupt_at(vae, *hook)
+        walk, action = hook
+        interrupt_at(vae, walk + 1, action)  # the first one is that of `check_vae`
     options = {
         "steps": 40,
         "batch_size": 16,

@@ -14,6 +14,11 @@ def as_dataset(images: ImageDataset | Tensor | np.ndarray) -> ImageDataset:
     """Images (n, c, h, w) in [0, 1], or bytes, as an `ImageDataset`."""
     if isinstance(images, ImageDataset):
         return images
+    if not isinstance(images, Tensor | np.ndarray):
+        raise TypeError(
+            "images must be an ncprior.ImageDataset, or a tensor or array (n, c, h, w), got a "
+            f"{type(images).__name__}; gather what a loader gives with torch.cat"
+        )
     tensor = torch.as_tensor(images)
     if tensor.dtype != torch.uint8:
         tensor = tensor.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -217,5 +218,11 @@ def _check_images(images: Images) -> None:
         raise ValueError(f"images must be on the CPU, got a tensor on {images.device}")
     if images.dtype == torch.float32:
         low, high = (float(v) for v in images.aminmax())
-        if not (low >= 0 and high <= 1):  # NaN fails too
-            raise ValueError(f"images as floats must lie in [0, 1], got {low:g} to {high:g}")
+        if math.isnan(low):
+            count = int(images.flatten(1).isnan().any(1).sum())
+            raise ValueError(f"images must be numbers, got NaN in {count:,} of {len(images):,}")
+        if not (low >= 0 and high <= 1):
+            remedy = "divide by 255" if low >= 0 and 1 < high <= 255 else "bring them there first"
+            raise ValueError(
+                f"images as floats must lie in [0, 1], got {low:g} to {high:g}; {remedy}"
+            )

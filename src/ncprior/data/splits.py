@@ -73,6 +73,10 @@ def check_splits(splits: Splits, n: int) -> None:
         TypeError, ValueError: rows that are not int64 with one axis, out of range, repeated or in
             two parts, or a part with too few images.
     """
+    if not isinstance(splits, Splits):
+        raise TypeError(
+            f"splits must be ncprior.Splits(train, validation, test), got a {type(splits).__name__}"
+        )
     for name, rows in splits._asdict().items():
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
             raise TypeError(f"splits.{name} must be an int64 tensor with one axis, got {rows!r}")

@@ -79,6 +79,14 @@ class NoiseContrastivePrior(nn.Module):
             return vae
         return vae.with_prior(self.base)
 
+    def check_fitted_on(self, vae: Any) -> None:
+        """Raise `ValueError` for a VAE with other weights, whatever prior is under it."""
+        known = self.record.get("networks")
+        if known is not None and known != fingerprint(vae, without="prior"):
+            raise ValueError(
+                "this prior was fitted on another VAE, or this one was trained since; fit it anew"
+            )
+
     def has_other_base(self, vae: Any) -> bool:
         """Whether the base is another density than the VAE's own prior.
 

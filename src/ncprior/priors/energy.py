@@ -203,10 +203,6 @@ class EnergyPrior(TiltedNormal):
 class LearningRows(Repeated):
     """An energy-based prior for each row; its `log_prob` is what a VAE learns from."""
 
-    def __init__(self, prior: Any, num: int) -> None:
-        super().__init__(prior, num)
-        self.prior = prior
-
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(z) - E(z) - log Z in nats of z (..., d), (...).
 
@@ -214,16 +210,13 @@ class LearningRows(Repeated):
         as dropout is: its gradient is right as far as these are draws of the density, its value is
         log Z's bound without the runs' entropy. Otherwise Z comes from fixed draws of the base.
         """
-        prior = self.prior
+        prior = self.density
         unnormalized = prior.unnormalized_log_prob(value)
         if prior.training and torch.is_grad_enabled():
             runs = prior.sample((self.num,))
             return unnormalized + prior.energy(runs).mean()
         generator = stream(0, "draws of the base", device=value.device)
         return unnormalized - prior.estimate_log_z(1 << 14, generator=generator).value
-
-    def tempered(self, temperature: float) -> "LearningRows":
-        return LearningRows(self.prior.tempered(temperature), self.num)
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:

@@ -36,32 +36,32 @@ class _Members(NamedTuple):
 
 
 def expectation_maximisation(
-    codes: Codes, components: int, *, seed: int, max_iter: int, tol: float
+    codes: Codes, parts: Parts, *, max_iter: int, tol: float
 ) -> tuple[Parts, int, float]:
     """The mixture, the iterations it took and the bound in nats before the last of them.
 
-    It starts from the clusters that scikit-learn's k-means finds among the posterior means.
-
     Args:
         codes: What the encoder says of the images.
-        components: m.
-        seed: Decides the first clusters.
+        parts: Where to start; see `clusters`.
         max_iter: Iterations at most.
         tol: Gain of the bound, in nats, below which it ends.
     """
-    from sklearn.cluster import KMeans
-
-    means = KMeans(components, n_init=1, random_state=seed).fit(codes.loc.double().cpu().numpy())
-    labels = torch.from_numpy(means.labels_).to(codes.loc.device)
-    rows = [(labels == k).nonzero().squeeze(1) for k in range(components)]
-    members = [_Members(r, codes.loc.new_ones(len(r))) for r in rows]
-    parts = _maximise(codes, members, None)
     bound, iterations, gain = -math.inf, 0, math.inf
     while iterations < max_iter and gain >= tol:
         members, now = _expect(codes, parts)
         parts = _maximise(codes, members, parts)
         bound, iterations, gain = now, iterations + 1, now - bound
     return parts, iterations, bound
+
+
+def clusters(codes: Codes, components: int, *, seed: int) -> Parts:
+    """The clusters that scikit-learn's k-means finds among the posterior means, as a mixture."""
+    from sklearn.cluster import KMeans
+
+    means = KMeans(components, n_init=1, random_state=seed).fit(codes.loc.double().cpu().numpy())
+    labels = torch.from_numpy(means.labels_).to(codes.loc.device)
+    rows = [(labels == k).nonzero().squeeze(1) for k in range(components)]
+    return _maximise(codes, [_Members(r, codes.loc.new_ones(len(r))) for r in rows], None)
 
 
 def _maximise(codes: Codes, members: list[_Members], last: Parts | None) -> Parts:

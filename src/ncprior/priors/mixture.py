@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from ncprior.normal import LOG_2_PI
 from ncprior.numerics import stream
 from ncprior.priors.codes import Codes
-from ncprior.priors.expectation import NUMBERS_AT_ONCE, expectation_maximisation
+from ncprior.priors.expectation import NUMBERS_AT_ONCE, Parts, clusters, expectation_maximisation
 from ncprior.priors.fitting import Report, ignore
 
 AUTO = "auto"
@@ -67,13 +67,14 @@ class GaussianMixture(nn.Module):
         report: Report = ignore,
         max_iter: int = 2000,
         tol: float = 1e-3,
-    ) -> "GaussianMixture":
+    ) -> Self:
         """Fit by expectation maximisation over posteriors, with full covariances.
 
         Args:
             codes: What the encoder says of the images, or points (n, d).
             components: Number of components m; "auto" to try 10, 30 and 100 in turn for as long as
-                a tenth of the codes, which is held out, becomes more likely.
+                a tenth of the codes, which is held out, becomes more likely. The best is then
+                fitted further, to all codes.
             seed: Decides the first guess and what is held out.
             report: Receives the bound that is raised, in nats, once for each number of components;
                 see `expectation`.
@@ -86,9 +87,9 @@ class GaussianMixture(nn.Module):
         if not isinstance(codes, Codes):
             codes = Codes(codes, torch.zeros_like(codes))
         codes = codes.checked()
-        options: Any = {"seed": seed, "report": report, "max_iter": max_iter, "tol": tol}
+        options: Any = {"report": report, "max_iter": max_iter, "tol": tol}
         if components == AUTO:
-            return cls._fit_best(codes, options)
+            return cls._fit_best(codes, seed, options)
         if not isinstance(components, int) or components < 1:
             raise ValueError(
                 f"components must be a whole number of at least 1, or auto, got {components!r}"
@@ -98,30 +99,37 @@ class GaussianMixture(nn.Module):
                 f"codes must be at least {components}, one for each component, got "
                 f"{len(codes.loc)}; use fewer components or more data"
             )
-        parts, iterations, bound = expectation_maximisation(
-            codes, components, seed=seed, max_iter=max_iter, tol=tol
-        )
+        return cls._from(codes, clusters(codes, components, seed=seed), **options)
+
+    @classmethod
+    def _from(cls, codes: Codes, start: Parts, *, report: Report, **options: Any) -> Self:
+        """The mixture that expectation maximisation comes to from there."""
+        parts, iterations, bound = expectation_maximisation(codes, start, **options)
         report(iterations, {"log_prob": bound})
-        mixture = cls(components, codes.latent_size).to(codes.loc.device)
+        mixture = cls(len(parts.means), codes.latent_size).to(codes.loc.device)
         mixture.set(*parts)
         return mixture
 
     @classmethod
-    def _fit_best(cls, codes: Codes, options: dict[str, Any]) -> "GaussianMixture":
+    def _fit_best(cls, codes: Codes, seed: int, options: dict[str, Any]) -> Self:
         """The mixture of the number of components that held-out codes are most likely under."""
-        rest, held = codes.split(HELDOUT, seed=options["seed"])
-        z = held.each(generator=stream(options["seed"], "mixture sizes", 0, held.loc.device))
+        rest, held = codes.split(HELDOUT, seed=seed)
+        z = held.each(generator=stream(seed, "mixture sizes", 0, held.loc.device))
         best, likeliest = None, -math.inf
         for size in SIZES:
             if best is not None and size > len(rest.loc):
                 break
-            mixture = cls.fit(rest, size, **options)
+            mixture = cls.fit(rest, size, seed=seed, **options)
             likelihood = float(mixture.log_prob(z).mean())
             if best is not None and not likelihood > likeliest:
                 break
             best, likeliest = mixture, likelihood
         assert best is not None
-        return best
+        return cls._from(codes, best.parts, **options)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.log_weights, self.means, self.cholesky)
 
     def set(self, log_weights: Tensor, means: Tensor, cholesky: Tensor) -> None:
         """Put in weights (m,), means (m, d) and Cholesky factors (m, d, d)."""

@@ -172,20 +172,13 @@ class SNISPrior(TiltedNormal):
 class BoundedRows(Repeated):
     """An SNIS prior for each row; its `log_prob` is the bound that Lawson et al. train with."""
 
-    def __init__(self, prior: Any, num: int) -> None:
-        super().__init__(prior, num)
-        self.prior = prior
-
     def log_prob(self, value: Tensor) -> Tensor:
         """The bound in nats: with fresh proposals in training, with fixed ones otherwise.
 
         Of these there are 16 pools: what one does to the bound, it does to all of `value`.
         """
-        prior = self.prior
+        prior = self.density
         if prior.training:
             return prior.log_prob_bound(value)
         fixed = stream(0, "SNIS proposals", device=value.device)
         return prior.log_prob_bound(value, generator=fixed, draws=16)
-
-    def tempered(self, temperature: float) -> "BoundedRows":
-        return BoundedRows(self.prior.tempered(temperature), self.num)

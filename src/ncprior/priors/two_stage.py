@@ -147,16 +147,9 @@ class BoundedRows(Repeated):
     Drawing and fitting never ask for it; what does, such as a KL that is reported, has a bound too.
     """
 
-    def __init__(self, prior: Any, num: int) -> None:
-        super().__init__(prior, num)
-
     def log_prob(self, value: Tensor) -> Tensor:
         fixed = stream(0, "two-stage bound", device=value.device)
-        prior: Any = self.density
-        return prior.log_prob_bound(value, generator=fixed)
-
-    def tempered(self, temperature: float) -> "BoundedRows":
-        return BoundedRows(self.density.tempered(temperature), self.num)
+        return self.density.log_prob_bound(value, generator=fixed)
 
 
 class _Network(nn.Module):

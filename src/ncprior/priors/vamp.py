@@ -136,7 +136,7 @@ class VampPrior(nn.Module):
         weighted: bool = False,
         steps: int = 500,
         batch_size: int = 512,
-        learning_rate: float = 0.01,
+        learning_rate: float = 0.03,
         heldout: float = 0.1,
         seed: int = 0,
         report: Report = ignore,

@@ -144,6 +144,7 @@ def combine(
         "seed": seed,
         "heldout_images": len(rows),
         "vae": fingerprint(vae),
+        "networks": fingerprint(vae, without="prior"),
         "base": None,
         "groups": [judged],
         "combined": [

@@ -1,5 +1,6 @@
 """Stage 2: freeze the VAE and train the classifiers between q(z) and p(z)."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ncprior.numerics import log_z, stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios import RatioNetwork, ReencodedRatio, UnitRatio
 from ncprior.ratios.reencoded import check_reencodable, view_of
-from ncprior.storage import fingerprint
+from ncprior.storage import fingerprint, pack_rows
 from ncprior.training.bases import check_base, draws_slowly, named_base, on_table
 from ncprior.training.evidence import EvidenceStream, EvidenceTable, evidence_of
 from ncprior.training.heldout import HeldOut
@@ -26,6 +27,8 @@ from ncprior.training.processes import make_fabric
 from ncprior.training.ratio_job import Fitted, RatioJob, log_ratios, new_ratios, seen_pairs
 from ncprior.training.stages import check_stages, fit_stages
 from ncprior.training.verdict import calibrate_and_judge
+from ncprior.vaes import check_vae
+from ncprior.vaes.check import IMAGES
 from ncprior.walk import Density, evaluating
 
 MOMENT_DRAWS, LOG_Z_DRAWS = 100_000, 200_000
@@ -163,9 +166,12 @@ def fit_prior(
         heldout=heldout,
     )
     rows_fit, rows_heldout = _split(rows, settings["heldout"], seed)
+    looks_wrong = check_vae(vae, data.batch(rows_fit[:IMAGES], generator=stream(seed, "check")))
+    for text in looks_wrong:
+        warnings.warn(text, stacklevel=2)
     fabric = make_fabric(device, precision, alone=True)
     device_ = fabric.device
-    vae_fingerprint = fingerprint(vae)
+    vae_fingerprint, networks = fingerprint(vae), fingerprint(vae, without="prior")
     named = base if isinstance(base, str) else None
     with evaluating(vae.to(device_)):
         if isinstance(base, str):
@@ -234,7 +240,10 @@ def fit_prior(
             "best_step": max(judged["best_step"] for judged in found.judged.values()),
             "fitted_images": len(rows_fit),
             "heldout_images": len(rows_heldout),
+            "rows": pack_rows(rows),
             "vae": vae_fingerprint,
+            "networks": networks,
+            "vae_warnings": looks_wrong,
             "base": named,
             "groups": [found.judged.get(k) for k in every],
         }

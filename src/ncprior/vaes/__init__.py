@@ -1,6 +1,7 @@
 """VAEs that offer the walk."""
 
 from ncprior.vaes.build import PRESETS, build_vae
+from ncprior.vaes.check import check_vae
 from ncprior.vaes.flat import FlatVAE
 from ncprior.vaes.likelihoods import (
     Bernoulli,
@@ -21,4 +22,5 @@ __all__ = [
     "Gaussian",
     "PixelNormal",
     "build_vae",
+    "check_vae",
 ]

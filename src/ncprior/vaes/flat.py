@@ -70,6 +70,11 @@ class FlatVAE(nn.Module):
             raise ValueError(
                 f"posterior_scale must be one of {', '.join(known)}, got {posterior_scale!r}"
             )
+        if not callable(likelihood) or isinstance(likelihood, type):
+            raise ValueError(
+                f"likelihood must be an instance such as Bernoulli() or Gaussian(scale=0.1), got "
+                f"{likelihood!r}"
+            )
         if not 0 < code_scale < math.inf:
             raise ValueError(f"code_scale must be positive and finite, got {code_scale}")
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
@@ -101,7 +106,13 @@ class FlatVAE(nn.Module):
         outputs = self.encoder(images)
         if self.deterministic:
             return self._code(outputs, len(images))
-        loc, raw = outputs.chunk(2, dim=-1) if isinstance(outputs, Tensor) else outputs
+        pair = outputs.chunk(2, dim=-1) if isinstance(outputs, Tensor) else tuple(outputs)
+        if len(pair) != 2:
+            raise ValueError(
+                f"encoder must return mean and raw scale, a pair of (n, {self.latent_size}) or one "
+                f"tensor of twice that width, got {len(pair)} parts"
+            )
+        loc, raw = pair
         if loc.shape != (len(images), self.latent_size):
             raise ValueError(
                 f"encoder must return two halves of shape ({len(images)}, {self.latent_size}), "
