@@ -10,6 +10,7 @@ be stopped at any point; it ends with tables over all VAEs that are there.
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,11 @@ def overview(out: Path) -> str:
             marked = [f"**{c}**" if p == best else c for p, c in zip(priors, cells, strict=True)]
             rows.append([name, str(len(values["gaussian"])), *marked])
             paired.append([name, *(with_error(differences(values, *pair)) for pair in PAIRS)])
-        tables += [markdown(rows), markdown(paired)]
+        tables += [markdown([*zip(*rows, strict=True)]), markdown([*zip(*paired, strict=True)])]
     return "\n\n".join(tables)
 
 
-def markdown(rows: list[list[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     lined = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in lined)
 
