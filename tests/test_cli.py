@@ -291,6 +291,17 @@ def test_a_wrong_recipe_is_one_line(capsys, tmp_path, text, said):
     assert (code, out) == (2, "") and err.count("\n") == 1 and said in err
 
 
+@pytest.mark.parametrize("command", [["fit", "--overwrite"], ["energy"], ["combine", "ncp", "ncp"]])
+def test_a_device_that_is_not_there(capsys, monkeypatch, trained, tmp_path, command):
+    """It is found out before any data are read."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("ncprior.runs.load_data", None)
+    out = ["--out", tmp_path / "r"] if command[0] == "combine" else []
+    code, text, err = run(capsys, command[0], trained, *command[1:], *out, "--device", "cuda")
+    assert (code, text) == (2, "") and err.count("\n") == 1
+    assert "device must be auto or cpu" in err and list(tmp_path.iterdir()) == []
+
+
 IMAGES = {
     "one": np.zeros((1, 8, 8), np.uint8),
     "wide": np.full((40, 8, 8), 3.0, np.float32),

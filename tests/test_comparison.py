@@ -192,6 +192,7 @@ def test_intervals_are_students(tmp_path):
         ({"priors": []}, "priors must be some of .*, got none"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"samples": 10}, "samples at least 40"),
+        ({"fit": {"device": "tpu"}}, "device must be auto or cpu"),
     ],
 )
 def test_arguments(changes, message, data, splits):

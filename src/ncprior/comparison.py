@@ -23,6 +23,7 @@ from ncprior.sources import Kept, Source, reconstructions, training_images
 from ncprior.storage import fingerprint, read_json, write_json
 from ncprior.training import combine, fit_prior
 from ncprior.training.bases import codes_of
+from ncprior.training.processes import check_device
 from ncprior.training.progress import progress_bar
 from ncprior.walk import device_of
 
@@ -94,6 +95,7 @@ def compare(
     """
     metrics = [metrics] if isinstance(metrics, str) else metrics
     _check(vae, priors, seeds, samples)
+    check_device((fit or {}).get("device", "auto"))
     data, splits = as_data(data, splits, 0)
     codes = codes_of(vae, data, splits.train, generator=stream(0, "codes"), device=device_of(vae))
     asked = {

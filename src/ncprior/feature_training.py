@@ -18,6 +18,7 @@ from ncprior.recipes import load_recipe
 from ncprior.storage import fingerprint, read_json
 from ncprior.training.loop import Place, make_fabric, optimise
 from ncprior.training.order import RowOrder
+from ncprior.training.processes import check_device
 
 SHIFTED_BY = 1 / 14  # of a side: 2 pixels of 28
 ROWS_AT_ONCE = 1000
@@ -196,6 +197,7 @@ def train_feature_directory(
     """
     if (out / "config.json").exists() and not overwrite:
         raise ValueError(f"{out} already holds features; pass --overwrite, or another --out")
+    check_device(options.get("device", "auto"))
     data, splits = load_labelled(source)
     train_features(data, splits, directory=out, resume=resume, **options)
     return read_json(out / "config.json")

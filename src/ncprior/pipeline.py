@@ -26,7 +26,7 @@ from ncprior.shares import Parts, process_place, share_of
 from ncprior.sources import Source, WithEnergy, training_images
 from ncprior.storage import fingerprint, replacing, write_bytes
 from ncprior.training import combine, fit_prior, train_vae
-from ncprior.training.processes import in_turn, make_fabric
+from ncprior.training.processes import check_device, in_turn, make_fabric
 from ncprior.vaebm import ImageEnergy, fit_energy
 from ncprior.vaes import build_vae
 from ncprior.vaes.nvae.checkpoint import load_published
@@ -145,10 +145,11 @@ def fit_run(
         raise ValueError(
             f"{run.path} holds {what}{of}; pass --resume to go on or --overwrite to refit"
         )
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
     fit = {name: v for name, v in (run.section("fit") | changes).items() if name != "groups"}
     check_recipe({"fit": fit}, "fit")
+    check_device(fit.get("device", "auto"))
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
     data, splits = run.load_data()
     prior = fit_prior(
         vae,
@@ -192,6 +193,7 @@ def combine_run(
     if out.resolve() in {path.resolve() for path in (run.path, *map(Path, priors))}:
         raise ValueError(f"--out must be another directory than those combined, got {out}")
     Run.check_new(out)
+    check_device(options.get("device", "auto"))
     vae = run.load_vae()
     found = [_named_prior(run, vae, name) for name in priors]
     data, splits = run.load_data()
@@ -242,10 +244,11 @@ def energy_run(
         raise ValueError(
             f"{run.path} holds {what} on {which}; pass --resume to go on or --overwrite to refit"
         )
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
     options = run.section("energy") | changes
     check_recipe({"energy": options}, "energy")
+    check_device(options.get("device", "auto"))
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
     data, splits = run.load_data()
     energy = fit_energy(
         vae,

@@ -21,16 +21,20 @@ def make_fabric(
     one device makes Fabric start the running script once more for each of the others.
 
     Args:
-        device: "auto", "cpu", "cuda" or "mps".
+        device: "auto", "cpu", "cuda" (or "gpu") or "mps".
         precision: Fabric's. With "16-mixed" the loss is scaled, by 2^10 at first. On a processor
             without bfloat16 products "bf16-mixed" becomes "32-true", with a warning.
         devices: Devices, and processes, on this machine.
         alone: Work by itself, on a device of its own where there are several, even if `torchrun`
             started other processes too.
+
+    Raises:
+        ValueError: a device that this machine lacks.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 
+    check_device(device)
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
     if precision == "bf16-mixed" and _kind(device) == "cpu" and not multiplies_bfloat16():
@@ -56,6 +60,15 @@ def make_fabric(
         fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, **how)
         fabric.launch()
     return fabric
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that this machine lacks, or that has no such name."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    here = ["auto", "cpu", *["cuda"] * cuda, *["mps"] * mps, *["gpu"] * (cuda or mps)]
+    if device not in here:
+        but = "" if cuda or mps else ", where torch finds no GPU"
+        raise ValueError(f"device must be {' or '.join(here)} on this machine{but}, got {device!r}")
 
 
 def any_process(fabric: Any, asked: bool) -> bool:
@@ -121,7 +134,7 @@ def _kind(device: str) -> str:
 
 def _own_device(device: str) -> Any:
     """What Fabric calls one device, or the GPU of this process among those of the machine."""
-    if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
+    if _kind(device) == "cuda" and torch.cuda.device_count() > 1:
         number = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
         return [int(number) % torch.cuda.device_count()]
     return 1
