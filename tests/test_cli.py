@@ -278,6 +278,7 @@ RECIPES = [
     ('[data]\nsource = "digits"\n[vae]\npreset = "digitz"', "digits"),
     ('[data]\nsource = "digits"\n[train]\nbatch_size = 5000', "batch_size"),
     ('[data]\nsource = "digits"\n[train]\nsteps = 0', "steps"),
+    ('[data]\nsource = "digits"\n[train]\noptimizer = "sgd"', "optimizer"),
     ('[data]\nsource = "digits"\n[train]\nlearning_rate = -1.0', "learning_rate"),
     ('[data]\nsource = "array"\npath = "nowhere.npy"', "nowhere.npy"),
     ("[data", "not valid TOML"),
@@ -289,6 +290,18 @@ def test_a_wrong_recipe_is_one_line(capsys, tmp_path, text, said):
     (tmp_path / "wrong.toml").write_text(text)
     code, out, err = run(capsys, "train", tmp_path / "wrong.toml", "--out", tmp_path / "r")
     assert (code, out) == (2, "") and err.count("\n") == 1 and said in err
+    assert not (tmp_path / "r").exists()  # so that the next try finds its way free
+
+
+def test_a_wrong_recipe_costs_no_run(capsys, trained, tmp_path):
+    """Not even one that it was to replace."""
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "wrong.toml").write_text(SMALL.replace("steps = 60", "steps = -5"))
+    before = sorted((tmp_path / "run").rglob("*"))
+    code, _, err = run(capsys, "train", tmp_path / "wrong.toml", "--out", tmp_path / "run",
+                       "--overwrite")  # fmt: skip
+    assert code == 2 and "steps must be positive" in err
+    assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", [["fit", "--overwrite"], ["energy"], ["combine", "ncp", "ncp"]])

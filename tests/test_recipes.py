@@ -46,7 +46,9 @@ def test_what_nothing_takes_is_refused(text, message, tmp_path):
     assert "recipe.toml" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["directory", "resume", "rows", "validation", "progress", "vae"])
+@pytest.mark.parametrize(
+    "key", ["directory", "begin", "resume", "rows", "validation", "progress", "vae"]
+)
 def test_what_a_run_decides_is_no_key(key):
     with pytest.raises(ValueError, match=f"unknown key in .train. '{key}'"):
         check_recipe({"train": {key: 1}}, "recipe")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ncprior.comparison import PICTURED, compare, is_known, load_fitted
-from ncprior.data import ImageDataset, Splits
+from ncprior.data import ImageDataset, Splits, load_data
 from ncprior.diagnosis import Diagnosis, diagnose
 from ncprior.evaluation import Scores, evaluate
 from ncprior.generation import Draws, draw
@@ -56,37 +56,46 @@ def train_run(
     progress: bool = True,
     **changes: Any,
 ) -> Run:
-    """Stage 1 into a run directory. `changes` go on top of the recipe's [train]."""
+    """Stage 1 into a run directory. `changes` go on top of the recipe's [train].
+
+    The directory is made, or an old one replaced, once data and settings are found to work.
+    """
     recipe = recipe | {"train": recipe.get("train", {}) | changes}
     check_recipe(recipe, "recipe")
     options = recipe["train"]
     where = {name: options[name] for name in ("device", "precision", "devices") if name in options}
-    fabric = make_fabric(**where)  # now, so that one process alone makes the directory
-    run, loaded = in_turn(
-        fabric,
-        lambda: _loaded(_start(recipe, out, resume, overwrite)),
-        lambda: _loaded(Run.open(out)),
-    )
+    fabric = make_fabric(**where)
+    look = lambda: _look(recipe, out, resume, overwrite)
+    old, loaded = in_turn(fabric, look, look)  # one process alone fills the data's cache
     if loaded is None:
-        return run
+        return Run.open(out)
     data, splits = loaded
     with torch.random.fork_rng([]):
         torch.manual_seed(stream_seed(options.get("seed", 0), "vae weights"))
         vae = build_vae(
             data.image_shape,
             image_mean=data.raw(splits.train[:20_000]).mean(0),
-            **run.section("vae"),
+            **recipe.get("vae", {}),
         )
+
+    def begin() -> None:
+        run = old or _start(recipe, out)
+        run.config["train"] = recipe["train"]
+        run.write_config()
+        run.write_splits(**splits._asdict())
+
     train_vae(
         vae,
         data,
         splits,
-        directory=run.path,
+        directory=out,
+        begin=lambda: in_turn(fabric, begin, lambda: None),
         resume=resume,
         progress=progress,
         **options,
     )
     vae.cpu()
+    run = Run.open(out)
     if fabric.is_global_zero:
         run.save_vae(vae)
         (run.path / "vae-checkpoint.pt").unlink(missing_ok=True)
@@ -101,12 +110,11 @@ def convert_nvae(
 
     Without a recipe, [data] is for the user to add before anything that needs images.
     """
-    if (out / "config.toml").exists() and not overwrite:
-        raise ValueError(f"{out} already holds a run; pass --overwrite, or another --out")
+    _check_free(out, overwrite)
     vae = load_published(checkpoint)
     size = {name: value for name, value in vae.config.items() if name != "image_shape"}
     kept = {name: (recipe or {})[name] for name in KEPT_SECTIONS if name in (recipe or {})}
-    run = _start({"vae": {"network": "nvae"} | size} | kept, out, False, overwrite)
+    run = _start({"vae": {"network": "nvae"} | size} | kept, out)
     run.save_vae(vae)
     return run
 
@@ -188,11 +196,9 @@ def combine_run(
     Each of `priors` is "ncp", the name of one that `compare` fitted with seed 0, or another run
     directory of the same VAE whose NCP is meant. `options` are those of `combine`.
     """
-    if (out / "config.toml").exists() and not overwrite:
-        raise ValueError(f"{out} already holds a run; pass --overwrite, or another --out")
+    _check_free(out, overwrite)
     if out.resolve() in {path.resolve() for path in (run.path, *map(Path, priors))}:
         raise ValueError(f"--out must be another directory than those combined, got {out}")
-    Run.check_new(out)
     check_device(options.get("device", "auto"))
     vae = run.load_vae()
     found = [_named_prior(run, vae, name) for name in priors]
@@ -201,7 +207,7 @@ def combine_run(
         vae, found, data, rows=splits.validation, names=list(priors), progress=progress, **options
     ).cpu()
     config = {k: v for k, v in run.config.items() if isinstance(v, dict) and k != "fit"}
-    made = _start(config, out, False, overwrite)
+    made = _start(config, out)
     made.write_splits(**splits._asdict())
     made.save_vae(vae)
     made.save_prior(prior)
@@ -418,33 +424,35 @@ def demo(out: Path, *, seed: int, resume: bool, overwrite: bool, progress: bool)
     return {"diagnosis": found, "report": report, "seconds": seconds}
 
 
-def _start(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Run:
-    """The run directory to work in: new, taken up again, or emptied."""
-    exists = (out / "config.toml").exists()
-    if exists and resume:
-        run = Run.open(out)
-        for section in ("data", "vae", "train"):
-            if _lasting(run.section(section)) != _lasting(recipe.get(section, {})):
-                raise ValueError(
-                    f"[{section}] of the recipe is not that of {out}/config.toml, so the run "
-                    "cannot go on as it was; restore it, or use another --out"
-                )
-        run.config["train"] = recipe.get("train", {})
-        run.write_config()
-        return run
-    if exists and not overwrite:
-        raise ValueError(
-            f"{out} already holds a run; pass --resume to go on, --overwrite to start anew, or "
-            "another --out"
-        )
-    if exists:
+def _look(
+    recipe: Recipe, out: Path, resume: bool, overwrite: bool
+) -> tuple[Run | None, tuple[ImageDataset, Splits] | None]:
+    """The run to take up again, None for a new one, and the data; none if its VAE is trained."""
+    if not (resume and (out / "config.toml").exists()):
+        _check_free(out, overwrite, "--resume to go on, --overwrite to start anew")
+        return None, load_data(**recipe.get("data", {}))
+    run = Run.open(out)
+    for section in ("data", "vae", "train"):
+        if _lasting(run.section(section)) != _lasting(recipe.get(section, {})):
+            raise ValueError(
+                f"[{section}] of the recipe is not that of {out}/config.toml, so the run "
+                "cannot go on as it was; restore it, or use another --out"
+            )
+    return run, None if run.has_vae else run.load_data()
+
+
+def _check_free(out: Path, overwrite: bool, options: str = "--overwrite") -> None:
+    """Raise ValueError where no run can be made, or where one is that shall not be lost."""
+    Run.check_new(out)
+    if (out / "config.toml").exists() and not overwrite:
+        raise ValueError(f"{out} already holds a run; pass {options}, or another --out")
+
+
+def _start(recipe: Recipe, out: Path) -> Run:
+    """A new run directory, in place of the run that is there."""
+    if (out / "config.toml").exists():
         shutil.rmtree(out)
     return Run.create(out, recipe)
-
-
-def _loaded(run: Run) -> tuple[Run, tuple[ImageDataset, Splits] | None]:
-    """A run and the data to train on; none if its VAE is trained."""
-    return run, None if run.has_vae else run.load_data()
 
 
 def _lasting(section: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = ("data", "vae", "train", "fit", "energy", "diagnose", "expected")
-RUN_OPTIONS = {"directory", "resume", "progress", "rows", "splits", "heldout_rows", "part"}
+RUN_OPTIONS = {
+    "directory", "begin", "resume", "progress", "rows", "splits", "heldout_rows", "part"
+}  # fmt: skip
 
 Recipe = dict[str, dict[str, Any]]
 

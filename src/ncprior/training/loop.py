@@ -5,6 +5,7 @@ import io
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +74,7 @@ def optimise(
     seed: int = 0,
     evaluate_every: int = 250,
     checkpoint_every: int = 1000,
+    begin: Callable[[], None] | None = None,
     description: str = "training",
     progress: bool = True,
 ) -> list[dict[str, float]]:
@@ -84,6 +86,8 @@ def optimise(
     Where the loss or a weight is not finite the run goes back to its last checkpoint, or to its
     start, and goes on from there with half the learning rate, `retries` times at most. From then on
     the rows have a column `recoveries`. Nothing that is not finite is ever saved.
+
+    `begin` is called once all settings are found to work, before anything is written.
 
     Raises:
         Diverged: the loss or the weights are not finite once more; the last good checkpoint is
@@ -120,6 +124,8 @@ def optimise(
         progress_bar(description, steps, shown=progress and fabric.is_global_zero) as bar,
     ):
         now = keeper.begin()
+        if begin is not None:
+            begin()
         log = _Log(place, now.step) if fabric.is_global_zero and place.directory else None
         runner = _Steps(job, model, made, fabric, place.stage, seed, clip_norm)
         finished = now.step >= steps

@@ -266,6 +266,7 @@ def train_vae(
     evaluate_every: int = 250,
     checkpoint_every: int = 1000,
     directory: Path | None = None,
+    begin: Callable[[], None] | None = None,
     resume: bool = False,
     tensorboard: bool = True,
     progress: bool = True,
@@ -322,6 +323,7 @@ def train_vae(
         evaluate_every: Steps between evaluations.
         checkpoint_every: Steps between checkpoints.
         directory: Where checkpoints and logs go; nowhere by default.
+        begin: Called once all settings are found to work, before anything is written there.
         resume: Go on from the checkpoint in `directory`, if there is one.
         tensorboard: Also write TensorBoard logs.
         progress: Show a progress bar.
@@ -406,6 +408,7 @@ def train_vae(
             seed=seed,
             evaluate_every=evaluate_every,
             checkpoint_every=checkpoint_every,
+            begin=begin,
             description="training the VAE",
             progress=progress,
         )
