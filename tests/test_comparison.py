@@ -200,6 +200,20 @@ def test_arguments(changes, message, data, splits):
         compare(linear_vae(), data, splits, **options(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": "incepton"}, "got 'incepton'"),
+        ({"metrics": ["fd", "fid"]}, "metrics must be some of fd, "),
+        ({"metrics": ["modes"]}, "modes need a classifier"),
+    ],
+)
+def test_what_cannot_be_measured_is_not_fitted(changes, message, data, splits, monkeypatch):
+    monkeypatch.setattr(comparison, "codes_of", None)
+    with pytest.raises(ValueError, match=message):
+        compare(linear_vae(), data, splits, **options(**changes))
+
+
 def test_hierarchical_vaes_are_refused(data, splits):
     with pytest.raises(ValueError, match="one latent group, this one has 2"):
         compare(TwoGroups(), data, splits, **options())

@@ -181,13 +181,16 @@ def test_without_a_comparison_of_groups(hierarchical):
     assert [f.word for f in found.groups] == ["hole", "no hole"] and "q to NCP" not in str(found)
 
 
-def test_options_are_those_of_draw(hierarchical):
+def test_options_are_those_of_draw(hierarchical, monkeypatch):
     vae, images, prior, _ = hierarchical
     options = GROUPS | {"sampler": "langevin", "group_samples": 0}
     found = ncprior.diagnose(vae, images, prior=prior, steps=2, **options)
     assert "ess_share" not in found.figures
     with pytest.raises(TypeError, match="step_sizes"):
         ncprior.diagnose(vae, None, step_sizes=0.1)  # before anything is read or fitted
+    monkeypatch.setattr("ncprior.diagnosis.fit_prior", None)
+    with pytest.raises(ValueError, match="got 'incepton'"):
+        ncprior.diagnose(vae, images, features="incepton")  # before anything is fitted
     with pytest.raises(ValueError, match="group_proposals at least 1, got 250 and 0"):
         ncprior.diagnose(vae, images, **GROUPS | {"group_proposals": 0})
 

@@ -103,6 +103,21 @@ def test_arguments(options, message, data, splits):
         ncprior.evaluate(Double(), tilted(), data, splits, **options)
 
 
+UNMEASURABLE = [
+    ({"features": "incepton"}, "features must be pixels, .*got 'incepton'"),
+    ({"features": "mnist"}, "images must be 1x28x28 for the features mnist"),
+    ({"metrics": ["nll", "modes"]}, "modes need a classifier, and pixels tells no classes"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNMEASURABLE)
+def test_what_cannot_be_measured_is_not_drawn(options, message, data, splits, monkeypatch):
+    monkeypatch.setattr(sources, "draw", None)
+    monkeypatch.setattr(evaluation, "measure_nll", None)
+    with pytest.raises(ValueError, match=message):
+        ncprior.evaluate(Double(), tilted(), data, splits, **options)
+
+
 OPTIONS = {"samples": 60, "proposals": 10, "images": 5, "log_z_draws": 100}
 
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.figures import Figures, as_json, from_json
 from ncprior.generation import AUTO, Pool
-from ncprior.nll_figures import measure_nll
+from ncprior.metrics.features import FeatureSpace
+from ncprior.nll_figures import check_has_likelihood, measure_nll
 from ncprior.numerics import stream
 from ncprior.priors import PRIORS, Codes, NoiseContrastivePrior, fit_density, parse_name
 from ncprior.priors.pretrained import load_density, save_density
-from ncprior.quality_figures import Spec, quality_figures
+from ncprior.quality_figures import Spec, quality_figures, yardsticks
 from ncprior.scoreboard import COLUMNS, Comparison, Score
 from ncprior.sources import Kept, Source, reconstructions, training_images
 from ncprior.storage import fingerprint, read_json, write_json
@@ -96,7 +97,11 @@ def compare(
     metrics = [metrics] if isinstance(metrics, str) else metrics
     _check(vae, priors, seeds, samples)
     check_device((fit or {}).get("device", "auto"))
+    if "nll" in metrics:
+        check_has_likelihood(vae)
     data, splits = as_data(data, splits, 0)
+    quality = [metric for metric in metrics if metric != "nll"]
+    space = yardsticks(quality, data, splits, features)[0] if quality else None
     codes = codes_of(vae, data, splits.train, generator=stream(0, "codes"), device=device_of(vae))
     asked = {
         "vae": fingerprint(vae), "fit": fit or {}, "samples": samples, "proposals": proposals,
@@ -119,7 +124,7 @@ def compare(
         known = _known([*priors, RECONSTRUCTION], seed, asked, directory if resume else None)
         unknown = {name: prior for name, (prior, _) in fitted.items() if name not in known}
         known |= _measured(
-            vae, unknown, data, splits, draws, seed, RECONSTRUCTION not in known, asked, features,
+            vae, unknown, data, splits, draws, seed, RECONSTRUCTION not in known, asked, space,
             progress,
         )  # fmt: skip
         if directory is not None:
@@ -154,7 +159,7 @@ def _measured(
     seed: int,
     reconstruct: bool,
     asked: dict[str, Any],
-    features: Spec | None,
+    space: FeatureSpace | None,
     progress: bool,
 ) -> dict[str, _Measured]:
     """Samples and likelihoods of some priors; the figures of each do not depend on the others."""
@@ -171,7 +176,7 @@ def _measured(
             sources, asked["samples"], asked["proposals"], seed, kept, progress
         )
         found |= quality_figures(
-            images, data, splits, metrics=quality, features=features, seed=seed, progress=progress
+            images, data, splits, metrics=quality, features=space, seed=seed, progress=progress
         )
     dense = {
         name: prior for name, prior in priors.items() if asked["slow_nll"] or not _is_slow(prior)

@@ -27,7 +27,7 @@ from ncprior.latent_figures import jsd_on_test_images, latent_figures
 from ncprior.metrics import Features
 from ncprior.numerics import mean_and_se
 from ncprior.priors import NoiseContrastivePrior
-from ncprior.quality_figures import frechet_figures
+from ncprior.quality_figures import frechet_figures, yardsticks
 from ncprior.training import fit_prior
 
 
@@ -120,6 +120,7 @@ def diagnose(
         )
     inspect.signature(draw).bind_partial(**options)  # a misspelt one stops here
     data, splits = as_data(data, splits, seed)
+    space, _ = yardsticks(["fd"], data, splits, features)
     options |= {
         "groups": groups,
         "proposals": proposals,
@@ -150,7 +151,7 @@ def diagnose(
             metrics=latent_metrics, images=latent_images, seed=seed, batch_size=batch_size,
             progress=progress,
         )  # fmt: skip
-    figures |= frechet_figures(drawn, data, splits, features, seed)
+    figures |= frechet_figures(drawn, data, splits, space, seed)
     findings = group_findings(prior, figures) if several else []
     if several:
         warnings = merged_warnings(prior, findings) + inactive_note(prior)

@@ -14,7 +14,7 @@ from ncprior.latent_figures import latent_figures
 from ncprior.nll_figures import check_has_likelihood, measure_nll
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.quality_figures import METRICS as QUALITY_METRICS
-from ncprior.quality_figures import Spec, quality_figures
+from ncprior.quality_figures import Spec, quality_figures, yardsticks
 from ncprior.sources import Kept, Source, WithEnergy, reconstructions
 from ncprior.storage import unpack_rows
 
@@ -121,6 +121,10 @@ def evaluate(
     data, splits = as_data(data, splits, seed)
     if prior is not None:
         prior.check_fitted_on(vae)
+    quality = [name for name in metrics if name in QUALITY_METRICS]
+    latents = [name for name in metrics if name in LATENT_METRICS]
+    if quality:
+        space, judge = yardsticks(quality, data, splits, features, classifier)
     kept = Kept(directory, resume=resume)
     identity = [Source.of(vae, p).identity() for p in (prior, *(priors or {}).values())]
     figures: Figures = {}
@@ -150,8 +154,6 @@ def evaluate(
             return found.figures, found.warnings
 
         add("likelihood", counts, likelihood)
-    quality = [name for name in metrics if name in QUALITY_METRICS]
-    latents = [name for name in metrics if name in LATENT_METRICS]
     names = ["base", *(["ncp"] if prior is not None else []), *(priors or {})]
     if prior is not None and prior.has_other_base(vae):
         names.insert(0, VAE_PRIOR)
@@ -164,7 +166,7 @@ def evaluate(
         if quality:
             settings = [quality, str(features), str(classifier), samples]
             add("quality", settings, lambda: (quality_figures(
-                draws, data, splits, metrics=quality, features=features, classifier=classifier,
+                draws, data, splits, metrics=quality, features=space, classifier=judge,
                 seed=seed, progress=progress,
             ), []))  # fmt: skip
         if latents:

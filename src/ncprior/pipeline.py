@@ -15,7 +15,6 @@ from ncprior.diagnosis import Diagnosis, diagnose
 from ncprior.evaluation import Scores, evaluate
 from ncprior.generation import Draws, draw
 from ncprior.groups import check_groups, spell_groups
-from ncprior.nll_figures import check_has_likelihood
 from ncprior.numerics import stream_seed
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.recipes import Recipe, check_recipe
@@ -367,8 +366,6 @@ def load_compared(run: Run, vae: Any, name: str) -> Any:
 def compare_run(run: Run, *, progress: bool = True, **options: Any) -> Comparison:
     """Fit and measure priors side by side; RUN/compare gets the table, the scores and a picture."""
     vae = run.load_vae()
-    if "nll" in options.get("metrics", ("nll",)):
-        check_has_likelihood(vae)  # before anything is fitted
     data, splits = run.load_data()
     fit = {k: v for k, v in run.section("fit").items() if k not in ("base", "groups", "seed")}
     where = run.path / "compare"

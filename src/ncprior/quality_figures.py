@@ -86,12 +86,8 @@ def quality_figures(
             one that does not know this data.
         FileNotFoundError: features that are not there.
     """
-    unknown = sorted(set(metrics) - set(METRICS))
-    if unknown or not metrics:
-        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {list(metrics)}")
+    space, judge = yardsticks(metrics, data, splits, features, classifier)
     images = {name: _images(name, found, data) for name, found in draws.items()}
-    space = _space(features, data, splits)
-    judge = _judge(classifier, space) if "modes" in metrics else None
     reference = data.raw(splits.test)
     made: dict[str, Callable[[str, Tensor, Tensor], Figures]] = {}
     against = space(reference)
@@ -138,6 +134,30 @@ _ORDER = (
     "modes_tv_",
     "rarest_class_",
 )
+
+
+def yardsticks(
+    metrics: Sequence[str],
+    data: ImageDataset,
+    splits: Splits,
+    features: Spec | None = None,
+    classifier: Spec | None = None,
+) -> tuple[FeatureSpace, ClassifierFeatures | None]:
+    """What `quality_figures` measures by: the feature space and, for "modes", the classifier.
+
+    Both are tried on an image, so that what cannot measure this data is known before samples of it
+    are drawn. The arguments and errors are those of `quality_figures`, which takes what is returned
+    as `features` and `classifier`.
+    """
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown or not metrics:
+        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {list(metrics)}")
+    space = _space(features, data, splits)
+    judge = _judge(classifier, space) if "modes" in metrics else None
+    for yardstick in (space, judge):
+        if yardstick is not None:
+            yardstick(data.raw(splits.test[:1]))
+    return space, judge
 
 
 def frechet_figures(
