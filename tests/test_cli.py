@@ -106,6 +106,8 @@ def test_the_whole_way(capsys, recipe, tmp_path, more):
     code, text, _ = run(capsys, "diagnose", out, "--json")
     found = json.loads(text)
     assert code == 0
+    advice = found["answers"][-1]["text"]
+    assert f"ncprior sample {out}" in advice or f"ncprior fit {out}" in advice
     for name in ("gap_closed", "fd_base", "fd_ncp", "fd_reconstruction", "jsd", "ess_share"):
         assert name in found
     assert found["log_z_se"] > 0 and found["figures"]["fd_base"]["samples"] == 60
@@ -183,7 +185,9 @@ def test_combine(capsys, trained, tmp_path, monkeypatch):
     code, _, _ = run(capsys, "report", out)
     assert code == 0 and "more than the best alone" in (out / "report.html").read_text()
     for wrong, said in (
-        (["ncp", "nope"], "got 'nope'; fit it with"),
+        (["ncp", "nope"], "priors must be some of ncp, run directories of the same VAE, gaussian"),
+        (["ncp", "base"], "A+B, got base"),
+        (["ncp", "mixture-3"], f"fit it with 'ncprior compare {one} --priors mixture-3 --seeds 1'"),
         (["ncp"], "at least two to combine, got 1"),
     ):
         code, _, err = run(capsys, "combine", one, *wrong, "--out", tmp_path / "no")
@@ -252,6 +256,9 @@ MISTAKES = [
     (["sample", "{run}", "--out", "{empty}/x.npz", "--prior", "nope"], "reconstruction"),
     (["diagnose", "{run}", "--samples", "3"], "--samples"),
     (["evaluate", "{run}", "--metrics", "fid"], "must be some of nll, fd"),
+    (["evaluate", "{run}", "--priors", "base,vampp"], "got vampp (did you mean 'vamp'?)"),
+    (["evaluate", "{run}", "--priors", "vamp"], "no prior 'vamp' of this VAE; fit it"),
+    (["compare", "{run}", "--priors", "ncp-mixtur"], "(did you mean 'ncp-mixture'?)"),
     (["train", "{none}.toml", "--out", "{empty}/r"], "does not exist"),
     (["train", "{recipe}", "--out", "{run}"], "--resume"),
     (["train", "{recipe}"], "--out"),

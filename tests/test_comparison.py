@@ -186,7 +186,7 @@ def test_intervals_are_students(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"priors": ["gaussian", "flew"]}, "priors must be some of .*, got flew"),
+        ({"priors": ["gaussian", "flew"]}, r"got flew \(did you mean 'flow'\?\)"),
         ({"priors": ["ncp-gaussian"]}, "priors must be some of .*, got ncp-gaussian"),
         ({"priors": ["ncp-mixture-0"]}, "priors must be some of .*, got ncp-mixture-0"),
         ({"priors": []}, "priors must be some of .*, got none"),

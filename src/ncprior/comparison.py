@@ -19,6 +19,7 @@ from ncprior.numerics import stream
 from ncprior.priors import PRIORS, Codes, NoiseContrastivePrior, fit_density, parse_name
 from ncprior.priors.pretrained import load_density, save_density
 from ncprior.quality_figures import Spec, quality_figures, yardsticks
+from ncprior.recipes import suggestion
 from ncprior.scoreboard import COLUMNS, Comparison, Score
 from ncprior.sources import Kept, Source, reconstructions, training_images
 from ncprior.storage import fingerprint, read_json, write_json
@@ -36,6 +37,8 @@ RATIOS: dict[str, dict[str, Any]] = {
 """Noise contrastive priors on the VAE's own prior by name, as arguments of `fit_prior`."""
 ON_BASE = {"ncp-reencoded-": {"reencode": True}, "ncp-": {}}
 """What those on another base begin with, and their arguments; the name of the base follows."""
+NAMES = (*PRIORS, "mixture-N", "mixture-auto", *RATIOS, "ncp-BASE", "A+B")
+"""What `compare` takes, in words."""
 COMBINED = "+"
 """Between the names of priors that are combined."""
 TIMED = 500
@@ -250,15 +253,22 @@ def _check(vae: Any, priors: Sequence[str], seeds: int, samples: int) -> None:
             f"compare needs a VAE with one latent group, this one has {vae.num_groups}; its own "
             "prior and the NCP are compared by ncprior evaluate"
         )
-    unknown = [name for name in priors if not is_known(name)]
-    if unknown or not priors:
-        raise ValueError(
-            f"priors must be some of {', '.join(PRIORS)}, mixture-N, mixture-auto, "
-            f"{', '.join(RATIOS)}, ncp-BASE and A+B, got {', '.join(unknown) or 'none'}"
-        )
+    check_names(priors)
     if seeds < 1 or samples < 40:
         raise ValueError(
             f"seeds must be at least 1 and samples at least 40, got {seeds} and {samples}"
+        )
+
+
+def check_names(priors: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raise ValueError for priors that `compare` does not take; `others` would do as well."""
+    unknown = [name for name in priors if not is_known(name)]
+    if unknown or not priors:
+        bases = (*PRIORS, "mixture-auto")
+        near = [*filter(is_known, (*bases, *RATIOS, *(f"ncp-{base}" for base in bases))), *others]
+        raise ValueError(
+            f"priors must be some of {', '.join(dict.fromkeys((*others, *NAMES)))}, got "
+            f"{', '.join(unknown) + suggestion(unknown[0], near) if unknown else 'none'}"
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ncprior.comparison import PICTURED, compare, is_known, load_fitted
+from ncprior.answers import answers
+from ncprior.comparison import PICTURED, check_names, compare, load_fitted
 from ncprior.data import ImageDataset, Splits, load_data
 from ncprior.diagnosis import Diagnosis, diagnose
 from ncprior.evaluation import Scores, evaluate
@@ -217,7 +218,7 @@ def _named_prior(run: Run, vae: Any, name: str) -> Any:
     if name == "ncp":
         return run.load_prior(vae)
     if not (Path(name) / "config.toml").exists():
-        return load_compared(run, vae, name)
+        return load_compared(run, vae, name, others=("ncp", "run directories of the same VAE"))
     other = Run.open(Path(name))
     if fingerprint(other.load_vae()) != fingerprint(vae):
         raise ValueError(
@@ -311,8 +312,9 @@ def diagnose_run(run: Run, *, progress: bool = True, **changes: Any) -> Diagnosi
     data, splits = run.load_data()
     options = run.section("diagnose") | changes
     found = diagnose(vae, data, splits, prior, progress=progress, **options)
+    said = answers(prior, found.figures, found.groups, run=str(run.path))
     run.add_metrics(found.figures)
-    return found
+    return found._replace(answers=said)
 
 
 def evaluate_run(
@@ -350,15 +352,24 @@ def evaluate_run(
     return scores
 
 
-def load_compared(run: Run, vae: Any, name: str) -> Any:
-    """A prior that `compare` fitted on this VAE with seed 0."""
+def load_compared(
+    run: Run, vae: Any, name: str, others: Sequence[str] = (*BUILT_IN, "either with +energy")
+) -> Any:
+    """A prior that `compare` fitted on this VAE with seed 0; errors name `others` that would do."""
+    if vae.num_groups > 1:
+        raise ValueError(
+            f"priors of a VAE with {vae.num_groups} latent groups must be of {', '.join(others)}, "
+            f"got {name!r}"
+        )
+    check_names([name], others)
     where = run.path / "compare" / "priors"
-    found = load_fitted(where, name, 0, vae) if is_known(name) else None
+    found = load_fitted(where, name, 0, vae)
     if found is None:
         have = sorted({path.parent.name.rpartition("-")[0] for path in where.glob("*/fit.json")})
+        only = f", only {', '.join(have)}" if have else ""
         raise ValueError(
-            f"priors must be of base, ncp and those that were fitted ({', '.join(have) or 'none'}),"
-            f" got {name!r}; fit it with 'ncprior compare {run.path} --priors {name}'"
+            f"{run.path} holds no prior {name!r} of this VAE{only}; "
+            f"fit it with 'ncprior compare {run.path} --priors {name} --seeds 1'"
         )
     return found[0]
 

@@ -71,8 +71,13 @@ def known_keys() -> dict[str, set[str]]:
 def nearest(name: str, names: Iterable[str]) -> str:
     """ " (did you mean ...?)" where one of `names` is near, else all of them."""
     names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f"; known are {', '.join(names)}"
+    return suggestion(name, names) or f"; known are {', '.join(names)}"
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """ " (did you mean ...?)" where one of `names` is near, else nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _arguments(function: Callable[..., Any]) -> set[str]:
