@@ -171,6 +171,12 @@ def test_the_best_is_marked_only_beyond_the_intervals():
     # Paired: each seed moves both, the difference is always 0.1.
     paired = cells(a=[1.0, 5.0, 3.0], b=[1.1, 5.11, 3.1])
     assert paired["a"].startswith("**")
+    found = Comparison(scores(a=[1.0, 1.1, 0.9], b=[2.0, 2.1, 1.9]), {}, {})
+    assert "1.00 ± 0.25*" in str(found) and "**" not in str(found) and "Marked *:" in str(found)
+    styled = found.text(styled=True)
+    assert "\x1b[1m1.00 ± 0.25\x1b[0m" in styled and "*" not in styled and "Bold:" in styled
+    assert "paired by seed" in styled and "wide intervals" not in styled
+    assert "very wide intervals (t=12.7)" in Comparison(scores(a=[1.0, 1.1]), {}, {}).legend()
     assert not any("**" in cell for cell in cells(a=[1.0], b=[2.0]).values())
 
 

@@ -6,7 +6,8 @@ from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
 from ncprior.diagnosis import fit_summary, held_out_figures, verdict
-from ncprior.figures import Figure, as_text, table
+from ncprior.figures import Figure, table
+from ncprior.terminal import as_text
 
 FIT = {"steps": 40, "evaluate_every": 20, "log_z_draws": 2000, "progress": False, "device": "cpu"}
 FIT |= {"network_options": {"width": 8, "members": 2}}

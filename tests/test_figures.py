@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from ncprior.figures import Figure, as_json, as_text, from_json, table
+from ncprior.figures import Figure, as_json, from_json, table
+from ncprior.terminal import as_text
 
 
 @pytest.mark.parametrize(

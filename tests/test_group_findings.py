@@ -2,7 +2,7 @@
 
 import pytest
 
-from ncprior.figures import Figure, as_text
+from ncprior.figures import Figure
 from ncprior.group_findings import (
     WORDS,
     GroupFinding,
@@ -15,6 +15,7 @@ from ncprior.group_findings import (
 )
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios import NETWORKS, UnitRatio
+from ncprior.terminal import as_text
 
 HOLE = {"kl": 5.0, "jsd": 0.2, "jsd_interval": [0.17, 0.23], "loss": 1.0, "train_loss": 0.95}
 HOLE |= {"loss_interval": [0.98, 1.02], "ess_share": 0.2}

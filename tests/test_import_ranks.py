@@ -10,7 +10,8 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "ncprior"
 
 RANKS = {
-    0: {"walk", "normal", "numerics", "storage", "figures", "groups", "tail", "products"},
+    0: {"walk", "normal", "numerics", "storage", "figures", "groups", "tail", "products"}
+    | {"terminal"},
     1: {"ratios", "samplers", "vaes", "metrics", "data", "priors"},
     2: {"training", "recipes", "runs", "shares", "adapters"},
     3: {"readjustment", "generation", "evaluation", "diagnosis", "sources", "comparison"}
@@ -26,6 +27,7 @@ RANK_OF = {part: rank for rank, parts in RANKS.items() for part in parts}
 # Stricter than the ranks: what these may import of ours beside their own folder.
 ONLY = {
     "figures": set(),
+    "terminal": set(),
     "groups": set(),
     "numerics": {"tail"},
     "tail": set(),

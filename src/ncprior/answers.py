@@ -1,7 +1,6 @@
 """What a diagnosis means, in plain sentences: each of them rests on a measured figure."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from ncprior.priors.mixture import SIZES
 from ncprior.ratios.nce import LOG_2
 from ncprior.samplers.sir import LARGEST, enough_proposals
 from ncprior.tail import DOUBTFUL, UNRELIABLE
+from ncprior.terminal import wrapped
 from ncprior.training.verdict import OVERFIT_SHARE, SEPARATED_JSD
 
 FAR_LOG_Z = 1.0  # nats, worth a warning
@@ -58,10 +58,9 @@ def answers(
     return [Answer(question, text) for question, text in found if text]
 
 
-def as_paragraphs(found: Sequence[Answer], width: int = 100) -> str:
-    """Questions, and their answers below them."""
-    wrap = textwrap.TextWrapper(width, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(f"{question}\n{wrap.fill(text)}" for question, text in found)
+def as_paragraphs(found: Sequence[Answer], width: int | None = None) -> str:
+    """Questions, and their answers below them; as wide as the terminal, or `width`."""
+    return "\n".join(f"{q}\n{wrapped(text, '  ', '  ', width)}" for q, text in found)
 
 
 def hole(figures: Figures) -> str:

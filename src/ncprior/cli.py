@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ncprior.terminal import has_styles, warned, wrapped
+
 app = typer.Typer(
     name="ncprior",
     help="Mend the prior of a variational autoencoder with noise contrastive priors.",
@@ -213,7 +215,7 @@ def fit(
         )
     lines = [
         fit_summary(prior),
-        *(f"! {w}" for w in said),
+        *map(warned, said),
         f"Next: ncprior diagnose {run}",
     ]
     _show(content, as_json, "\n".join(lines))
@@ -314,10 +316,12 @@ def energy(
     names = ("heldout_fd", "heldout_fd_without", "best_step", "steps", "seed", "warnings")
     content = {"run": str(run), "prior": prior.value} | {name: record[name] for name in names}
     lines = [
-        f"Frechet distance of samples to {record['heldout_images']} held-out images: "
-        f"{record['heldout_fd']:.4g} with the energy of step {record['best_step']}, "
-        f"{record['heldout_fd_without']:.4g} without ({record['features']}).",
-        *(f"! {warning}" for warning in record["warnings"]),
+        wrapped(
+            f"Frechet distance of samples to {record['heldout_images']} held-out images: "
+            f"{record['heldout_fd']:.4g} with the energy of step {record['best_step']}, "
+            f"{record['heldout_fd_without']:.4g} without ({record['features']})."
+        ),
+        *map(warned, record["warnings"]),
         f"Next: ncprior evaluate {run} --metrics fd --priors {prior.value},{prior.value}+energy",
     ]
     _show(content, as_json, "\n".join(lines))
@@ -516,7 +520,8 @@ def compare(
         progress=not as_json,
     )
     content = {"run": str(run), "scores": [score._asdict() for score in found.scores]}
-    _show(content, as_json, f"{found}\n\nAs Markdown and as a picture in {run}/compare.")
+    table = found.text(styled=has_styles())
+    _show(content, as_json, f"{table}\n\nAs Markdown and as a picture in {run}/compare.")
 
 
 @app.command()
@@ -609,7 +614,7 @@ def train_feature_space(
 
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2."""
-    warnings.showwarning = lambda message, *_: print(f"! {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(warned(str(message)), file=sys.stderr)
     try:
         code = app(standalone_mode=False) or 0
     except typer.Exit as done:

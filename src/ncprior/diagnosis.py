@@ -10,7 +10,7 @@ from torch import Tensor
 from ncprior.answers import FAR_LOG_Z, Answer, answers, as_paragraphs, hole, winnings
 from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.evaluation import draw_each, seen_test_images
-from ncprior.figures import Figure, Figures, as_text, table
+from ncprior.figures import Figure, Figures, table
 from ncprior.generation import AUTO, Draws, draw, sampler_of
 from ncprior.group_figures import ess_figures, mmd_figures, overall
 from ncprior.group_findings import (
@@ -28,6 +28,7 @@ from ncprior.metrics import Features
 from ncprior.numerics import mean_and_se
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.quality_figures import frechet_figures, yardsticks
+from ncprior.terminal import as_text, warned, wrapped
 from ncprior.training import fit_prior
 
 
@@ -46,10 +47,10 @@ class Diagnosis(NamedTuple):
         if self.groups:
             lines += ["", as_text(group_table(self.groups)), ""]
         if not self.answers:
-            lines.append(verdict(self.figures))
+            lines.append(wrapped(verdict(self.figures)))
         if self.groups and not self.answers:
-            lines.append(words_in_short(self.groups))
-        return "\n".join(lines + [f"! {warning}" for warning in self.warnings])
+            lines.append(wrapped(words_in_short(self.groups)))
+        return "\n".join([*lines, *map(warned, self.warnings)])
 
 
 def diagnose(
@@ -188,11 +189,11 @@ def fit_summary(prior: NoiseContrastivePrior) -> str:
             share, count = group["ess_share"], record["heldout_images"]
             figures[f"ess_share_{k}"] = Figure(share, "of proposals", count, record["seed"])
     findings = group_findings(prior, figures)
-    lines = [as_text(group_table(findings)), words_in_short(findings)]
+    lines = [as_text(group_table(findings)), wrapped(words_in_short(findings))]
     if prior.log_z is not None:
         lines.append(f"log Z {figures['log_z'].text()} {figures['log_z'].error()} nats.")
     said = merged_warnings(prior, findings) + inactive_note(prior)
-    return "\n".join(lines + [f"! {text}" for text in said])
+    return "\n".join([*lines, *map(warned, said)])
 
 
 def combined_summary(prior: NoiseContrastivePrior) -> str:
@@ -201,8 +202,8 @@ def combined_summary(prior: NoiseContrastivePrior) -> str:
 
     record, shown = prior.record, Table()
     shown.add_column("prior")
-    shown.add_column("weight", justify="right")
-    shown.add_column("nats won over the VAE's prior", justify="right")
+    shown.add_column("weight", justify="right", no_wrap=True)
+    shown.add_column("nats won over the VAE's prior", justify="right", no_wrap=True)
     together = {"name": "together", "weight": math.nan} | record["bound"]
     for part in [*record["combined"], together]:
         weight = "" if math.isnan(part["weight"]) else f"{part['weight']:.2f}"
@@ -214,7 +215,7 @@ def combined_summary(prior: NoiseContrastivePrior) -> str:
     )
     if gain["value"] < 2 * gain["se"]:
         said += " That is within the error; the best alone costs less."
-    return f"{as_text(shown)}\n{said}"
+    return f"{as_text(shown)}\n{wrapped(said)}"
 
 
 def held_out_figures(prior: NoiseContrastivePrior) -> Figures:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ncprior.data import ImageDataset, Splits, as_data
-from ncprior.figures import VAE_PRIOR, Figure, Figures, as_json, as_text, from_json, table
+from ncprior.figures import VAE_PRIOR, Figure, Figures, as_json, from_json, table
 from ncprior.generation import AUTO, Draws, Pool
 from ncprior.latent_figures import latent_figures
 from ncprior.nll_figures import check_has_likelihood, measure_nll
@@ -17,6 +17,7 @@ from ncprior.quality_figures import METRICS as QUALITY_METRICS
 from ncprior.quality_figures import Spec, quality_figures, yardsticks
 from ncprior.sources import Kept, Source, WithEnergy, reconstructions
 from ncprior.storage import unpack_rows
+from ncprior.terminal import as_text, warned
 
 LATENT_METRICS = ("mmd", "c2st", "swd")
 METRICS = ("nll", *QUALITY_METRICS, *LATENT_METRICS)
@@ -37,7 +38,7 @@ class Scores(dict[str, Figure]):
         titles = [name.replace("_", " ") for name in self.sources]
         found = Table("figure", *titles, "unit", "samples")
         for column in found.columns[1:]:
-            column.justify = "right"
+            column.justify, column.no_wrap = "right", True
         for stem, of_source in cells.items():
             first = next(iter(of_source.values()))
             texts = [
@@ -45,10 +46,10 @@ class Scores(dict[str, Figure]):
                 for name in self.sources
             ]
             found.add_row(stem.replace("_", " "), *texts, first.unit, f"{first.samples:,}")
-        parts = [as_text(found, width=160)] if cells else []
+        parts = [as_text(found)] if cells else []
         if rest:
             parts.append(as_text(table(rest)))
-        return "\n".join([*parts, *(f"! {warning}" for warning in self.warnings)])
+        return "\n".join([*parts, *map(warned, self.warnings)])
 
 
 def evaluate(

@@ -1,6 +1,5 @@
 """Measured figures: each with its error, unit, number of samples and seed."""
 
-import io
 import math
 from typing import Any, NamedTuple
 
@@ -58,20 +57,12 @@ def table(figures: Figures, title: str = "") -> Any:
     from rich.table import Table
 
     found = Table(title=title or None, title_justify="left", title_style="bold")
-    for column, justify in (("figure", "left"), ("value", "right"), ("95 % or ± se", "left")):
-        found.add_column(column, justify=justify)  # type: ignore[arg-type]
+    found.add_column("figure")
+    found.add_column("value", justify="right", no_wrap=True)
+    found.add_column("95 % or ± se", no_wrap=True)
     found.add_column("unit")
-    found.add_column("samples", justify="right")
+    found.add_column("samples", justify="right", no_wrap=True)
     for name, figure in figures.items():
         label = name.replace("_", " ")
         found.add_row(label, figure.text(), figure.error(), figure.unit, f"{figure.samples:,}")
     return found
-
-
-def as_text(renderable: Any, width: int = 100) -> str:
-    """What rich would print, as plain text."""
-    from rich.console import Console
-
-    text = io.StringIO()
-    Console(file=text, width=width).print(renderable)
-    return text.getvalue().rstrip()

@@ -384,7 +384,7 @@ def compare_run(run: Run, *, progress: bool = True, **options: Any) -> Compariso
         vae, data, splits, fit=fit, directory=where / "priors", progress=progress, **options
     )
     save_comparison(found, where)
-    write_bytes(where / "comparison.md", found.markdown().encode())
+    write_bytes(where / "comparison.md", f"{found.markdown()}\n{found.legend()}\n".encode())
     if found.pictures:
         shown = torch.cat([images[:PICTURED] for images in found.pictures.values()])
         picture = grid(shown, columns=PICTURED, labels=list(found.pictures))

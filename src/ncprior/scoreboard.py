@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ncprior.figures import Figures, as_json, as_text, from_json
+from ncprior.figures import Figures, as_json, from_json
 from ncprior.storage import read_json, write_json
+from ncprior.terminal import as_text, wrapped
 
 T_95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t for a 95 % interval, by degrees of freedom; 2 beyond."""
@@ -51,11 +52,11 @@ class Comparison(NamedTuple):
     figures: Figures  # of each prior and seed, with their errors
     pictures: dict[str, Tensor]  # a few images of each source, of the first seed
 
-    def table(self) -> list[list[str]]:
-        """Header and rows of text; the best is marked ** where it is so beyond the intervals."""
+    def table(self, mark: str = "**{}**") -> list[list[str]]:
+        """Header and rows of text; the best is marked where it is so beyond the intervals."""
         names = list(dict.fromkeys(score.prior for score in self.scores))
         shown = [c for c in COLUMNS if any(c.name in s.values for s in self.scores)]
-        columns = [_column(self._values(column.name, names), column) for column in shown]
+        columns = [_column(self._values(column.name, names), column, mark) for column in shown]
         return [
             ["prior", *(column.title for column in shown)],
             *([name, *cells] for name, *cells in zip(names, *columns, strict=True)),
@@ -68,22 +69,31 @@ class Comparison(NamedTuple):
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, styled: bool = False) -> str:
+        """Table and legend; the best in bold, by a terminal's codes, if `styled`, else with a *."""
         from rich.table import Table
 
-        header, *rows = self.table()
+        header, *rows = self.table("[bold]{}[/bold]" if styled else "{}*")
         found = Table()
         for i, title in enumerate(header):
-            found.add_column(title, justify="right" if i else "left")
+            found.add_column(title, justify="right" if i else "left", no_wrap=True)
         for row in rows:
             found.add_row(*row)
-        return as_text(found, width=160) + f"\n{self.legend()}"
+        legend = self.legend("Bold" if styled else "Marked *")
+        return f"{as_text(found, styled=styled)}\n{wrapped(legend)}"
 
-    def legend(self) -> str:
-        """How to read the table."""
+    def legend(self, marked: str = "Bold") -> str:
+        """How to read the table, the best of which is `marked`."""
         seeds = len({score.seed for score in self.scores})
         if seeds == 1:
             return "One seed: no intervals, and nothing is marked as best."
-        return f"{seeds} seeds; ± is half a 95 % interval; the best is marked where beyond them."
+        few = f" Two seeds give very wide intervals (t={T_95[1]:.1f})." if seeds == 2 else ""
+        return (
+            f"{seeds} seeds; ± is half a 95 % interval.{few} {marked}: the best, where that of its "
+            "differences from every other prior, paired by seed, leaves out 0."
+        )
 
     def _values(self, column: str, names: Sequence[str]) -> list[dict[int, float]]:
         return [
@@ -96,11 +106,11 @@ class Comparison(NamedTuple):
         ]
 
 
-def _column(values: Sequence[dict[int, float]], column: Column) -> list[str]:
+def _column(values: Sequence[dict[int, float]], column: Column, mark: str) -> list[str]:
     """The cells of a column: means and half intervals over seeds."""
     best = _best(values, column.better)
     return [
-        "" if not of_seeds else f"**{_cell(of_seeds)}**" if i == best else _cell(of_seeds)
+        "" if not of_seeds else mark.format(_cell(of_seeds)) if i == best else _cell(of_seeds)
         for i, of_seeds in enumerate(values)
     ]
 
