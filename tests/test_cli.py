@@ -148,6 +148,14 @@ def test_other_priors_beside_the_base_of_an_ncp(capsys, trained, tmp_path):
     for name in ("nll_base", "nll_mixture-2"):
         assert found[0][name] == pytest.approx(found[1][name])
     assert {"nll_vae_prior", "nll_ncp"} <= found[1].keys() - found[0].keys()
+    images = []
+    for prior in ("mixture-2", "base"):  # two fits of as many components, of other images
+        code, _, _ = run(
+            capsys, "sample", out, "--prior", prior, "--out", tmp_path / f"{prior}.npz"
+        )
+        assert code == 0
+        images.append(np.load(tmp_path / f"{prior}.npz")["images"])
+    assert images[0].shape == (64, 1, 8, 8) and (images[0] != images[1]).any()
 
 
 def test_combine(capsys, trained, tmp_path, monkeypatch):
@@ -213,6 +221,18 @@ def test_sample(capsys, trained, tmp_path, prior):
     assert arrays["images"].shape == (9, 1, 8, 8) and arrays["latents"].shape == (9, 16)
     assert arrays["images"].min() >= 0 and arrays["images"].max() <= 1
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_are_not_lost(capsys, trained, tmp_path):
+    arguments = ["sample", trained, "--prior", "base", "--num", 2, "--out", tmp_path / "x.npz"]
+    for there in ("x.npz", "x.png"):
+        (tmp_path / there).write_bytes(b"mine")
+        code, _, err = run(capsys, *arguments)
+        assert code == 2 and f"{there} is already there; pass --overwrite" in err
+        assert (tmp_path / there).read_bytes() == b"mine"
+        assert run(capsys, *arguments, "--overwrite")[0] == 0
+        assert len(np.load(tmp_path / "x.npz")["images"]) == 2
+        (tmp_path / "x.npz").unlink()
 
 
 def test_langevin_sample(capsys, trained, tmp_path):
@@ -395,6 +415,17 @@ def test_ctrl_c_then_resume_ends_the_same(recipe, trained, tmp_path):
     assert again.wait() == 0
     name = "vae/model.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("command", [[], ["convert"], ["features"]])
+def test_no_command_is_a_call_for_help(capsys, command):
+    code, out, err = run(capsys, *command)
+    assert (code, err) == (0, "") and "Commands:\n" in out
+    assert out == run(capsys, *command, "--help")[1]
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"ncprior {ncprior.__version__}\n", "")
 
 
 def test_public_names_and_version():

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ncprior import __version__
 from ncprior.terminal import has_styles, warned, wrapped
 
 app = typer.Typer(
@@ -33,12 +34,6 @@ app.add_typer(feature_spaces, name="features")
 
 STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
-
-
-class Which(StrEnum):
-    base = "base"
-    ncp = "ncp"
-    reconstruction = "reconstruction"
 
 
 class Energised(StrEnum):
@@ -89,6 +84,24 @@ Features = Annotated[
         help="Feature space: pixels, pca-64, mnist, inception, or what features train made."
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ncprior {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command()
@@ -331,7 +344,9 @@ def energy(
 def sample(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="File to write, .npz; a .png beside it shows 64.")],
-    prior: Annotated[Which, typer.Option(help="What to draw from.")] = Which.ncp,
+    prior: Annotated[
+        str, typer.Option(help="base, ncp, reconstruction, or what compare fitted.")
+    ] = "ncp",
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Seed = 0,
     energy: Annotated[bool, typer.Option(help="With the energy that was fitted on it.")] = False,
@@ -345,19 +360,16 @@ def sample(
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 500,
     bfloat16: Annotated[bool, typer.Option(help="Let SIR weigh proposals in bfloat16.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Draw images and latents into an .npz file."""
-    if out.suffix != ".npz":
-        raise ValueError(f"--out must end in .npz, got {out}")
     from ncprior.pipeline import sample_run
-    from ncprior.report import grid
     from ncprior.runs import Run
-    from ncprior.storage import write_bytes
 
-    draws = sample_run(
+    sample_run(
         Run.open(run),
-        prior.value,
+        prior,
         out,
         seed=seed,
         num=num,
@@ -369,11 +381,11 @@ def sample(
         batch_norm_passes=batch_norm_passes,
         bfloat16=bfloat16,
         batch_size=batch_size,
+        overwrite=overwrite,
         progress=not as_json,
     )
     picture = out.with_suffix(".png")
-    write_bytes(picture, grid(draws.images[:64]))
-    content = {"out": str(out), "picture": str(picture), "prior": prior.value, "num": num}
+    content = {"out": str(out), "picture": str(picture), "prior": prior, "num": num}
     _show(content | {"seed": seed}, as_json, f"{num} images in {out}; a look at them: {picture}")
 
 
@@ -624,6 +636,9 @@ def main() -> None:
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's, or the copy of it within typer
         kind = type(error).__name__
+        if usage and kind == "NoArgsIsHelpError":
+            print(usage())
+            sys.exit(0)
         expected = isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError)
         if os.environ.get("NCPRIOR_TRACEBACK") or not (usage or expected or kind == "Interrupted"):
             raise

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from ncprior.answers import answers
-from ncprior.comparison import PICTURED, check_names, compare, load_fitted
+from ncprior.comparison import PICTURED, RECONSTRUCTION, check_names, compare, load_fitted
 from ncprior.data import ImageDataset, Splits, load_data
 from ncprior.diagnosis import Diagnosis, diagnose
 from ncprior.evaluation import Scores, evaluate
-from ncprior.generation import Draws, draw
+from ncprior.generation import Draws
 from ncprior.groups import check_groups, spell_groups
 from ncprior.numerics import stream_seed
 from ncprior.priors import NoiseContrastivePrior
@@ -23,7 +23,7 @@ from ncprior.report.pictures import grid
 from ncprior.runs import Run
 from ncprior.scoreboard import Comparison, save_comparison
 from ncprior.shares import Parts, process_place, share_of
-from ncprior.sources import Source, WithEnergy, training_images
+from ncprior.sources import Source, WithEnergy, reconstructions
 from ncprior.storage import fingerprint, replacing, write_bytes
 from ncprior.training import combine, fit_prior, train_vae
 from ncprior.training.processes import check_device, in_turn, make_fabric
@@ -31,6 +31,7 @@ from ncprior.vaebm import ImageEnergy, fit_energy
 from ncprior.vaes import build_vae
 from ncprior.vaes.nvae.checkpoint import load_published
 
+PICTURED_DRAWS = 64
 KEPT_SECTIONS = ("data", "fit", "energy", "diagnose")
 """What a recipe says of a VAE that was trained elsewhere."""
 
@@ -327,13 +328,7 @@ def evaluate_run(
 ) -> Scores:
     """Score base prior, NCP and priors that `compare` fitted; add the figures to the run."""
     vae = run.load_vae()
-    others = {
-        name: load_energy(run, name.removesuffix(ENERGY))
-        if name.endswith(ENERGY)
-        else load_compared(run, vae, name)
-        for name in priors
-        if name not in BUILT_IN
-    }
+    others = {name: _other_prior(run, vae, name) for name in priors if name not in BUILT_IN}
     wanted = "ncp" in priors and (run.has_prior or tuple(priors) != ("base", "ncp"))
     vae, prior = _under(run, "ncp" if wanted else "base")
     data, splits = run.load_data()
@@ -352,9 +347,14 @@ def evaluate_run(
     return scores
 
 
-def load_compared(
-    run: Run, vae: Any, name: str, others: Sequence[str] = (*BUILT_IN, "either with +energy")
-) -> Any:
+def _other_prior(run: Run, vae: Any, name: str, also: Sequence[str] = ()) -> Any:
+    """One with an energy on it, or that `compare` fitted; errors name those in `also`, too."""
+    if name.endswith(ENERGY):
+        return load_energy(run, name.removesuffix(ENERGY))
+    return load_compared(run, vae, name, (*BUILT_IN, "either with +energy", *also))
+
+
+def load_compared(run: Run, vae: Any, name: str, others: Sequence[str] = BUILT_IN) -> Any:
     """A prior that `compare` fitted on this VAE with seed 0; errors name `others` that would do."""
     if vae.num_groups > 1:
         raise ValueError(
@@ -393,19 +393,29 @@ def compare_run(run: Run, *, progress: bool = True, **options: Any) -> Compariso
 
 
 def sample_run(
-    run: Run, which: str, out: Path, *, seed: int, energy: bool = False, **options: Any
+    run: Run,
+    which: str,
+    out: Path,
+    *,
+    seed: int,
+    num: int = 64,
+    energy: bool = False,
+    overwrite: bool = False,
+    **options: Any,
 ) -> Draws:
-    """Draw from "base", "ncp" or "reconstruction" into an .npz with `images` and `latents`.
+    """Draw into an .npz with `images` and `latents`; a .png beside it shows the first 64.
 
-    With `energy` from "base" or "ncp" with the energy on images that was fitted on it.
+    From "base", "ncp", "reconstruction" or what `compare` fitted; with `energy`, or a name that
+    ends in "+energy", from "base" or "ncp" with the energy on images that was fitted on it.
     """
-    vae, prior = _under(run, which)
-    if energy:
-        draws = Source.of(vae, load_energy(run, which)).draw(num=options.pop("num"), seed=seed,
-                                                              **options)  # fmt: skip
-    else:
-        images = training_images(*run.load_data(), seed) if which == "reconstruction" else None
-        draws = draw(vae, prior, images=images, seed=seed, **options)
+    picture = out.with_suffix(".png")
+    if out.suffix != ".npz":
+        raise ValueError(f"--out must end in .npz, got {out}")
+    for path in (out, picture):
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} is already there; pass --overwrite, or another --out")
+    source = _source(run, f"{which}{ENERGY}" if energy else which, seed)
+    draws = source.draw(num, seed=seed, **options)
     arrays: dict[str, Any] = {"images": draws.images.numpy()}
     if len(draws.latents) == 1:
         arrays["latents"] = draws.latents[0].numpy()
@@ -413,7 +423,18 @@ def sample_run(
         arrays |= {f"latents_{k}": z.numpy() for k, z in enumerate(draws.latents)}
     with replacing(out) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
+    write_bytes(picture, grid(draws.images[:PICTURED_DRAWS]))
     return draws
+
+
+def _source(run: Run, which: str, seed: int) -> Source:
+    """What a name stands for, to draw from."""
+    if which in BUILT_IN:
+        return Source(*_under(run, which))
+    vae = run.load_vae()
+    if which == RECONSTRUCTION:
+        return reconstructions(vae, *run.load_data(), seed)
+    return Source.of(vae, _other_prior(run, vae, which, [RECONSTRUCTION]))
 
 
 def demo(out: Path, *, seed: int, resume: bool, overwrite: bool, progress: bool) -> dict[str, Any]:
