@@ -1,7 +1,9 @@
 import json
+import re
 
 import pytest
 import torch
+from huggingface_hub.utils import LocalEntryNotFoundError
 from torch import nn
 from toys import standard_normal
 
@@ -104,3 +106,25 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(TypeError, match="a ratio of class Identity"):
         NoiseContrastivePrior([nn.Identity()]).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("nope", LocalEntryNotFoundError("Got: ConnectError\nmore"), "not be reached (Got: Conn"),
+        ("you/nope", OSError("404 Client Error\nmore"), "gives no prior of that name (404 Client"),
+        ("runs/nope/ncp", None, "gives no prior of that name (Repo id must be"),
+    ],
+)
+def test_neither_here_nor_on_the_hub(name, error, said, monkeypatch):
+    """A name of three parts is asked of nobody: it cannot be the hub's."""
+
+    def ask(*_, **__):
+        raise error
+
+    if error:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    with pytest.raises(FileNotFoundError, match=re.escape(said)) as caught:
+        NoiseContrastivePrior.from_pretrained(name)
+    assert f"there is no directory {name}, and" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -244,13 +244,26 @@ class NoiseContrastivePrior(nn.Module):
 
         A prior that was fitted with `reencode` looks at its VAE: pass that here, or it is the first
         VAE that the prior is used with (`under`).
+
+        Raises:
+            FileNotFoundError: no such directory, and nothing from the hub; says why not.
+            ValueError: files that are damaged, of another class or format, or that disagree.
         """
         if Path(name).is_dir():
             return cls._read(Path(name), vae)
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import LocalEntryNotFoundError
 
         patterns = ["config.json", "model.safetensors"]
-        found = snapshot_download(str(name), revision=revision, allow_patterns=patterns)
+        try:
+            found = snapshot_download(str(name), revision=revision, allow_patterns=patterns)
+        except (OSError, ValueError) as error:
+            offline = isinstance(error, LocalEntryNotFoundError)
+            hub = "could not be reached" if offline else "gives no prior of that name"
+            why = str(error).partition("\n")[0]
+            raise FileNotFoundError(
+                f"there is no directory {name}, and the Hugging Face hub {hub} ({why})"
+            ) from None
         return cls._read(Path(found), vae)
 
     @classmethod
