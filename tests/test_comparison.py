@@ -210,7 +210,7 @@ def test_arguments(changes, message, data, splits):
     ("changes", "message"),
     [
         ({"features": "incepton"}, "got 'incepton'"),
-        ({"metrics": ["fd", "fid"]}, "metrics must be some of fd, "),
+        ({"metrics": ["nll", "fid"]}, "metrics must be some of nll, fd, .*, got fid"),
         ({"metrics": ["modes"]}, "modes need a classifier"),
     ],
 )

@@ -41,6 +41,16 @@ def test_json_round_trip():
     assert from_json(as_json(figures)) == figures
 
 
+def test_only_units_wrap():
+    figures = {
+        "closer_to_train_reconstruction": Figure(0.00104, "share", 10, 0, 0.00046),
+        "fd_base": Figure(1.0, "squared, features pca-64 of pixels", 10, 0, 0.1),
+    }
+    text = as_text(table(figures), 80)
+    assert "closer to train reconstruction" in text and "0.00104" in text and "…" not in text
+    assert max(map(len, text.splitlines())) <= 80 and text.count("┏") == 1
+
+
 def test_table_shows_every_field():
     text = as_text(table({"log_z": Figure(0.1234, "nats", 200_000, 0, 0.01)}))
     for word in ("log z", "0.123", "± 0.01", "nats", "200,000"):

@@ -18,7 +18,7 @@ from ncprior.nll_figures import check_has_likelihood, measure_nll
 from ncprior.numerics import stream
 from ncprior.priors import PRIORS, Codes, NoiseContrastivePrior, fit_density, parse_name
 from ncprior.priors.pretrained import load_density, save_density
-from ncprior.quality_figures import Spec, quality_figures, yardsticks
+from ncprior.quality_figures import METRICS, Spec, quality_figures, yardsticks
 from ncprior.recipes import suggestion
 from ncprior.scoreboard import COLUMNS, Comparison, Score
 from ncprior.sources import Kept, Source, reconstructions, training_images
@@ -98,7 +98,7 @@ def compare(
         ValueError: an unknown prior, a count below 1, or a hierarchical VAE.
     """
     metrics = [metrics] if isinstance(metrics, str) else metrics
-    _check(vae, priors, seeds, samples)
+    _check(vae, priors, seeds, samples, metrics)
     check_device((fit or {}).get("device", "auto"))
     if "nll" in metrics:
         check_has_likelihood(vae)
@@ -247,13 +247,20 @@ def _identity(features: Spec | None) -> str:
     return fingerprint(features) if isinstance(features, nn.Module) else str(features or "")
 
 
-def _check(vae: Any, priors: Sequence[str], seeds: int, samples: int) -> None:
+def _check(
+    vae: Any, priors: Sequence[str], seeds: int, samples: int, metrics: Sequence[str]
+) -> None:
     if vae.num_groups != 1:
         raise ValueError(
             f"compare needs a VAE with one latent group, this one has {vae.num_groups}; its own "
             "prior and the NCP are compared by ncprior evaluate"
         )
     check_names(priors)
+    unknown = [name for name in metrics if name not in ("nll", *METRICS)]
+    if unknown or not metrics:
+        raise ValueError(
+            f"metrics must be some of nll, {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}"
+        )
     if seeds < 1 or samples < 40:
         raise ValueError(
             f"seeds must be at least 1 and samples at least 40, got {seeds} and {samples}"

@@ -57,7 +57,7 @@ def table(figures: Figures, title: str = "") -> Any:
     from rich.table import Table
 
     found = Table(title=title or None, title_justify="left", title_style="bold")
-    found.add_column("figure")
+    found.add_column("figure", no_wrap=True)  # units alone wrap, and no word is cut
     found.add_column("value", justify="right", no_wrap=True)
     found.add_column("95 % or ± se", no_wrap=True)
     found.add_column("unit")
