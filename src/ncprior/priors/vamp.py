@@ -136,7 +136,7 @@ class VampPrior(nn.Module):
         weighted: bool = False,
         steps: int = 500,
         batch_size: int = 512,
-        learning_rate: float = 0.03,
+        learning_rate: float = 0.01,
         heldout: float = 0.1,
         seed: int = 0,
         report: Report = ignore,
@@ -151,7 +151,9 @@ class VampPrior(nn.Module):
             weighted: Learn weights as well; they are uniform otherwise, as published.
             steps: Steps at most.
             batch_size: Draws of q(z) a step.
-            learning_rate: In units of a pixel's range, since steps are Adam's.
+            learning_rate: In units of a pixel's range, since steps are Adam's. Three times as fast
+                wins likelihood on some VAEs, while pseudo-inputs leave the images and samples get
+                worse.
             heldout: Share of the images on which the best pseudo-inputs are chosen.
             seed: Decides the start, the split, the batches and the noise.
             report: Receives the held-out loss, minus the mean log-density in nats.
