@@ -8,7 +8,7 @@ from ncprior.figures import Figure
 from ncprior.group_findings import GroupFinding
 from ncprior.normal import StandardNormal
 from ncprior.numerics import LogZ
-from ncprior.ratios import UnitRatio
+from ncprior.ratios import MLPRatio, SummedRatio, UnitRatio
 
 GOOD = {"loss": 0.9, "train_loss": 0.88, "jsd": 0.24, "kl": 5.0, "ess_share": 0.1}
 GOOD |= {"jsd_interval": (0.2, 0.3)}
@@ -131,6 +131,9 @@ def test_no_number_of_proposals_where_all_is_separated():
     prior = prior_of(GOOD | {"jsd": 0.69})
     found = said(prior, figures(ess=87.0, ess_share=0.87))["How many proposals are needed?"]
     assert found.startswith("No number will do")
+    prior.ratios[0] = SummedRatio([MLPRatio(2)])  # stages are for such, and take no proposals
+    without = {k: v for k, v in figures().items() if not k.startswith("ess")}
+    assert "How many proposals are needed?" not in said(prior, without)
 
 
 @pytest.mark.parametrize("ess", [4.0, 40.0])

@@ -214,6 +214,8 @@ def test_test_images_that_a_prior_was_fitted_on(data, splits):
     small = {"width": 4, "blocks": 1, "members": 1}
     options = {"steps": 5, "network_options": small, "log_z_draws": 100, "progress": False}
     counts = {"metrics": "fd", "samples": 40}
+    mixture, some = GaussianMixture(2, 2), splits.validation
+    elsewhere = ncprior.ImageDataset(1 - data.images)
     for rows, seen in ((splits.train, 0), (None, 120), (splits.test[:20], 20)):
         prior = ncprior.fit_prior(vae, data, rows=rows, **options)
         found = ncprior.evaluate(vae, prior, data, splits, **counts).warnings
@@ -225,6 +227,11 @@ def test_test_images_that_a_prior_was_fitted_on(data, splits):
                 vae, data, splits, prior, samples=40, latent_metrics=()
             ).warnings
             assert told[0] in diagnosed
+        others = {"mine": prior, "both": ncprior.combine(vae, [prior, mixture], data, rows=some)}
+        for other in others.values():
+            found = ncprior.evaluate(vae, None, data, splits, priors={"x": other}, **counts)
+            assert bool(found.warnings) == bool(seen)
+        assert not ncprior.evaluate(vae, prior, elsewhere, splits, **counts).warnings
 
 
 def test_a_prior_of_another_vae(data, splits):
@@ -237,3 +244,5 @@ def test_a_prior_of_another_vae(data, splits):
     for measure in (ncprior.evaluate, ncprior.diagnose):
         with pytest.raises(ValueError, match="fitted on another VAE"):
             measure(other, prior=prior, data=data, splits=splits, samples=40)
+    with pytest.raises(ValueError, match="fitted on another VAE"):
+        ncprior.evaluate(other, None, data, splits, priors={"x": prior}, samples=40)

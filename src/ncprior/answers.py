@@ -178,8 +178,6 @@ def _trust(prior: NoiseContrastivePrior, figures: Figures, findings: Sequence[Gr
                 "a fresh classifier does not tell NCP samples from the posterior beyond doubt, "
                 f"{accuracy} on {figures['c2st_ncp'].samples:,} test images"
             )
-    if prior.record.get("vae_warnings"):
-        against.append("the VAE looks wrong, or wrongly wrapped (see the warnings)")
     unreliable = [f.group for f in findings if f.word == "unreliable"]
     if unreliable and not separated:
         against.append(f"{name_groups(unreliable)}: unreliable (the table says why)")
@@ -200,7 +198,8 @@ def _proposals(
     """
     sampled = [f for f in findings if {"ess", "ess_share"} <= {*f.figures}]
     groups = [g for g in prior.record.get("groups", []) if g is not None]
-    if not sampled and groups and all(g["jsd"] > SEPARATED_JSD for g in groups):
+    separated = groups and all(g["jsd"] > SEPARATED_JSD for g in groups)
+    if separated and not sampled and not prior.in_stages:
         return (
             "No number will do: hardly any draw of the base lies where posteriors do, and what the "
             "ratios say of the others means nothing."

@@ -215,7 +215,8 @@ def fit(
     )
     figures = held_out_figures(prior)
     doubts = [w for group in prior.record["groups"] if group for w in group["warnings"]]
-    content = _flat(figures) | {"run": str(run), "warnings": doubts}
+    of_vae = prior.record.get("vae_warnings", [])  # which were printed when the fit began
+    content = _flat(figures) | {"run": str(run), "warnings": [*of_vae, *doubts]}
     said = doubts if prior.num_groups == 1 else []  # the summary of several has its own
     missing = sorted(set(range(prior.num_groups)) - set(prior.fitted_groups))
     if missing:

@@ -98,6 +98,7 @@ def compare(
         ValueError: an unknown prior, a count below 1, or a hierarchical VAE.
     """
     metrics = [metrics] if isinstance(metrics, str) else metrics
+    priors = [priors] if isinstance(priors, str) else priors
     _check(vae, priors, seeds, samples, metrics)
     check_device((fit or {}).get("device", "auto"))
     if "nll" in metrics:

@@ -163,7 +163,7 @@ def diagnose(
                 "SIR's pools hold fewer than 3 effective proposals: samples repeat the few best. "
                 "Raise proposals or use a base nearer to the posterior."
             )
-    first = [*prior.record.get("vae_warnings", []), *seen_test_images(prior, splits)]
+    first = [*prior.record.get("vae_warnings", []), *seen_test_images(prior, data, splits)]
     warnings = [*first, *warnings]
     if prior.log_z is not None and abs(prior.log_z.value) > FAR_LOG_Z:
         warnings.append(

@@ -120,8 +120,8 @@ def evaluate(
     if taken := {"base", "ncp", VAE_PRIOR, "reconstruction"} & set(priors or {}):
         raise ValueError(f"priors must have other names than {', '.join(sorted(taken))}")
     data, splits = as_data(data, splits, seed)
-    if prior is not None:
-        prior.check_fitted_on(vae)
+    for contrastive in _contrastive(prior, priors):
+        contrastive.check_fitted_on(vae)
     quality = [name for name in metrics if name in QUALITY_METRICS]
     latents = [name for name in metrics if name in LATENT_METRICS]
     if quality:
@@ -129,7 +129,12 @@ def evaluate(
     kept = Kept(directory, resume=resume)
     identity = [Source.of(vae, p).identity() for p in (prior, *(priors or {}).values())]
     figures: Figures = {}
-    warnings = [] if prior is None else seen_test_images(prior, splits)
+    warnings = [
+        text
+        for contrastive in _contrastive(prior, priors)
+        for text in seen_test_images(contrastive, data, splits)
+    ]
+    warnings = list(dict.fromkeys(warnings))
 
     def add(name: str, settings: Any, measure: Callable[[], tuple[Figures, list[str]]]) -> None:
         with kept.answer(name, settings, identity, seed) as content:
@@ -178,10 +183,17 @@ def evaluate(
     return Scores(figures, names, warnings)
 
 
-def seen_test_images(prior: NoiseContrastivePrior, splits: Splits) -> list[str]:
+def _contrastive(
+    prior: NoiseContrastivePrior | None, others: Mapping[str, Any] | None
+) -> list[NoiseContrastivePrior]:
+    return [p for p in (prior, *(others or {}).values()) if isinstance(p, NoiseContrastivePrior)]
+
+
+def seen_test_images(prior: NoiseContrastivePrior, data: ImageDataset, splits: Splits) -> list[str]:
     """A warning if a prior was fitted on some of the test images, as far as it says."""
-    packed = prior.record.get("rows")
-    seen = 0 if packed is None else int(torch.isin(splits.test, unpack_rows(packed)).sum())
+    record, seen = prior.record, 0
+    if "rows" in record and record["data"] == data.digest():
+        seen = int(torch.isin(splits.test, unpack_rows(record["rows"])).sum())
     if not seen:
         return []
     return [

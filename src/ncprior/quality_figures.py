@@ -145,8 +145,8 @@ def yardsticks(
 ) -> tuple[FeatureSpace, ClassifierFeatures | None]:
     """What `quality_figures` measures by: the feature space and, for "modes", the classifier.
 
-    Both are tried on an image, so that what cannot measure this data is known before samples of it
-    are drawn. The arguments and errors are those of `quality_figures`, which takes what is returned
+    Both are tried on two images, so that what cannot measure this data is known before samples are
+    drawn. The arguments and errors are those of `quality_figures`, which takes what is returned
     as `features` and `classifier`.
     """
     unknown = sorted(set(metrics) - set(METRICS))
@@ -156,7 +156,7 @@ def yardsticks(
     judge = _judge(classifier, space) if "modes" in metrics else None
     for yardstick in (space, judge):
         if yardstick is not None:
-            yardstick(data.raw(splits.test[:1]))
+            yardstick(data.raw(splits.test[:2]))
     return space, judge
 
 

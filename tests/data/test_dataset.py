@@ -177,3 +177,11 @@ def test_what_is_no_images_or_no_splits(images):
         as_data([images])
     with pytest.raises(TypeError, match=r"must be ncprior.Splits.* got a tuple"):
         as_data(images, tuple(random_splits(10, 1, 2, 0)))
+
+
+def test_digest_tells_data_apart(images):
+    digest = ImageDataset(images).digest()
+    assert digest == ImageDataset(images.clone(), name="other", binarize="dynamic").digest()
+    changed = images.clone()
+    changed[9, 0, 0, 0] ^= 1
+    assert len({digest, ImageDataset(changed).digest(), ImageDataset(images[:9]).digest()}) == 3

@@ -19,7 +19,7 @@ from ncprior.priors import NoiseContrastivePrior
 from ncprior.priors.contrastive import identity
 from ncprior.ratios import CombinedRatio, UnitRatio
 from ncprior.ratios.combined import MEANS
-from ncprior.storage import fingerprint
+from ncprior.storage import fingerprint, pack_rows, unpack_rows
 from ncprior.training.heldout import HeldOut
 from ncprior.training.processes import make_fabric
 from ncprior.training.progress import Bar, progress_bar
@@ -153,8 +153,18 @@ def combine(
         ],
         "bound": mean_and_se(bounds[-1])._asdict(),
         "gain": mean_and_se(bounds[-1] - bounds[best])._asdict(),
-    }
+    } | _of_fits(priors, data)
     return prior
+
+
+def _of_fits(priors: Sequence[Any], data: ImageDataset) -> dict[str, Any]:
+    """What the fits of the parts say of the whole: the rows of `data` seen, doubts of the VAE."""
+    records = [prior.record for prior in priors if isinstance(prior, NoiseContrastivePrior)]
+    doubts = [text for record in records for text in record.get("vae_warnings", [])]
+    digest = data.digest()
+    seen = [unpack_rows(x["rows"]) for x in records if x.get("data") == digest]
+    found: dict[str, Any] = {"vae_warnings": list(dict.fromkeys(doubts))}
+    return found | ({"rows": pack_rows(torch.cat(seen)), "data": digest} if seen else {})
 
 
 def best_weights(mean_at_q: Tensor, at_base: Tensor) -> tuple[Tensor, float]:

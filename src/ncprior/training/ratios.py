@@ -166,14 +166,15 @@ def fit_prior(
         heldout=heldout,
     )
     rows_fit, rows_heldout = _split(rows, settings["heldout"], seed)
-    looks_wrong = check_vae(vae, data.batch(rows_fit[:IMAGES], generator=stream(seed, "check")))
-    for text in looks_wrong:
-        warnings.warn(text, stacklevel=2)
     fabric = make_fabric(device, precision, alone=True)
     device_ = fabric.device
     vae_fingerprint, networks = fingerprint(vae), fingerprint(vae, without="prior")
+    looked_at = data.batch(rows_fit[:IMAGES], generator=stream(seed, "check"))
+    looks_wrong = check_vae(vae.to(device_), looked_at)
+    for text in looks_wrong:
+        warnings.warn(text, stacklevel=2)
     named = base if isinstance(base, str) else None
-    with evaluating(vae.to(device_)):
+    with evaluating(vae):
         if isinstance(base, str):
             base = named_base(
                 base, vae, data, rows_fit, seed=seed, device=device_, progress=progress
@@ -241,6 +242,7 @@ def fit_prior(
             "fitted_images": len(rows_fit),
             "heldout_images": len(rows_heldout),
             "rows": pack_rows(rows),
+            "data": data.digest(),
             "vae": vae_fingerprint,
             "networks": networks,
             "vae_warnings": looks_wrong,

@@ -55,6 +55,8 @@ def check_vae(vae: Any, images: Tensor) -> list[str]:
         try:
             evidence = vae.encode(images)
             decoded = vae.emit(walk(vae, center, len(images), evidence).state).mean
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError) as error:
             first = str(error).splitlines()[0]
             raise ValueError(
@@ -93,7 +95,8 @@ def _other_scale(vae: Any, images: Tensor) -> list[str]:
     """Whether the ELBO is far better under another reading of the encoder's raw scale."""
     if not isinstance(vae, FlatVAE) or vae.deterministic or len(images) < 2:
         return []
-    if not hasattr(vae.prior, "log_prob"):  # learned with it, and known by a bound at most
+    prior = vae.prior
+    if getattr(prior, "slow_density", False) or not hasattr(prior, "log_prob"):
         return []
     own = vae.posterior_scale
     each = {scale: _elbos(vae, images, scale) for scale in POSTERIOR_SCALES}
