@@ -179,6 +179,17 @@ def test_what_next(prior, changes, advice, sample):
     assert advice not in said()["What next?"]
 
 
+@pytest.mark.parametrize("closed", [0.6, 0.95])
+def test_a_classifier_that_never_got_going(closed):
+    """It says that there is no hole, and a fresh one knows better."""
+    prior = prior_of(GOOD | {"jsd": 0.001}, base=THIRTY)
+    prior.record["settings"] = {"steps": 300}
+    missed = {"c2st_ncp": 0.6, "c2st_ncp_p": 1e-4, "gap_closed": closed}
+    found = said(prior, figures(**missed))["What next?"]
+    assert "never got going" in found and "ncprior fit RUN --steps 600 --overwrite" in found
+    assert "never got going" not in said(prior)["What next?"]  # nothing left to find
+
+
 def test_the_gap_is_that_of_the_vae_prior_where_the_base_is_another():
     """The base is a fitted one: what it closes alone stands beside what the NCP closes on it."""
     more = {

@@ -424,6 +424,17 @@ def test_no_command_is_a_call_for_help(capsys, command):
     assert out == run(capsys, *command, "--help")[1]
 
 
+@pytest.mark.parametrize("arguments", [[], ["fit", "--help"]])
+def test_a_reader_that_goes_away_is_no_error(arguments):
+    """As in 'ncprior | head -1', and already gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "ncprior", *arguments]
+    with os.fdopen(writing, "w") as nobody:
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True)
+    assert done.returncode in (1, 141) and done.stderr == ""
+
+
 def test_version(capsys):
     assert run(capsys, "--version") == (0, f"ncprior {ncprior.__version__}\n", "")
 

@@ -16,6 +16,7 @@ from ncprior.tail import DOUBTFUL, UNRELIABLE
 from ncprior.terminal import wrapped
 from ncprior.training.verdict import OVERFIT_SHARE, SEPARATED_JSD
 
+HARDLY_ANY = 0.01  # nats of JSD
 FAR_LOG_Z = 1.0  # nats, worth a warning
 NEAR_LOG_Z = 0.2
 ENOUGH_PROPOSALS = 10  # effective ones: any probability is off by a tenth at most
@@ -70,7 +71,7 @@ def hole(figures: Figures) -> str:
     except KeyError:
         return ""
     where = "" if group is None else f" in group {group}, the largest"
-    words = "hardly any" if jsd.value < 0.01 else "a small" if jsd.value < 0.1 else "a large"
+    words = "hardly any" if jsd.value < HARDLY_ANY else "a small" if jsd.value < 0.1 else "a large"
     which = "The prior"
     if _start(figures) == VAE_PRIOR:
         which = "The ratios stand on a base that was fitted first, not on the VAE's own prior; it"
@@ -268,6 +269,13 @@ def _next(
         said.append(f"Fit in stages: ncprior fit {run} --stages adaptive --overwrite.")
     elif not done and nearer and closed is not None:
         said.append(f"A base nearer to the posterior may close more: {_fit_on(nearer, run)}.")
+    elif _idle(groups) and _tells(figures) and not combined:
+        more = 2 * int(prior.record["settings"]["steps"])
+        said.append(
+            "The ratio's classifier never got going, though there is something to find: give it "
+            f"more steps, ncprior fit {run} --steps {more} --overwrite, or a larger batch_size in "
+            "the recipe's [fit]."
+        )
     elif done or combined:
         pass
     elif max(map(_overfit, groups)) > OVERFIT_SHARE:
@@ -323,6 +331,11 @@ def _fit_on(base: str, run: str) -> str:
 def _overfit(group: dict[str, Any]) -> float:
     """By what share of the held-out loss the loss on images seen is lower."""
     return float(group["loss"] - group["train_loss"]) / max(float(group["loss"]), 1e-12)
+
+
+def _idle(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether the classifiers have found next to nothing."""
+    return all(g["jsd"] < HARDLY_ANY for g in groups)
 
 
 def _tells(figures: Figures) -> bool:

@@ -32,8 +32,8 @@ feature_spaces = typer.Typer(
 )
 app.add_typer(feature_spaces, name="features")
 
-STOPPED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+STOPPED, UNREAD = 130, 141
+"""Exit codes after Ctrl-C and where nobody reads on, as shells have them."""
 
 
 class Energised(StrEnum):
@@ -627,27 +627,40 @@ def train_feature_space(
 
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # into head, for example; Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = UNREAD
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run a command and return its exit code."""
     warnings.showwarning = lambda message, *_: print(warned(str(message)), file=sys.stderr)
     try:
-        code = app(standalone_mode=False) or 0
+        code = int(app(standalone_mode=False) or 0)
     except typer.Exit as done:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
+    except BrokenPipeError:
+        raise
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's, or the copy of it within typer
         kind = type(error).__name__
         if usage and kind == "NoArgsIsHelpError":
             print(usage())
-            sys.exit(0)
+            return 0
         expected = isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError)
         if os.environ.get("NCPRIOR_TRACEBACK") or not (usage or expected or kind == "Interrupted"):
             raise
         message = usage() if usage else str(error)
-        sys.exit(_fail(message, {"Diverged": 1, "Interrupted": STOPPED}.get(kind, 2)))
+        return _fail(message, {"Diverged": 1, "Interrupted": STOPPED}.get(kind, 2))
     if code == STOPPED:
         _fail("stopped; nothing is left half written", STOPPED)
-    sys.exit(code)
+    return code
 
 
 def _fail(message: str, code: int) -> int:

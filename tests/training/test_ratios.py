@@ -215,6 +215,14 @@ def test_stops_when_the_heldout_loss_does_not_fall(rng):
     assert prior.record["best_step"] == prior.record["steps"] - 15
 
 
+def test_patience_waits_where_nothing_is_found_yet(rng):
+    """q is p here, so that the held-out loss is chance's: it ends past half of the steps."""
+    options = SMALL | {"steps": 100, "evaluate_every": 2, "patience": 3}
+    images = gaussian_images(400, rng)
+    prior = ncprior.fit_prior(linear_vae(0.0, 1.0), images, **options, **QUIET)
+    assert 50 <= prior.record["steps"] < 100
+
+
 @pytest.mark.parametrize("preset", ["small", "large", "published"])
 def test_presets(preset, rng):
     options = {"preset": preset, "steps": 2, "log_z_draws": 100, "match_moments": False}

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from ncprior.numerics import LogZ, stream, stream_seed
 from ncprior.ratios import NETWORKS, RatioNetwork, nce_loss
+from ncprior.ratios.nce import LOG_2
 from ncprior.training.evidence import EvidenceStream, EvidenceTable
 from ncprior.training.heldout import NUMBERS_AT_ONCE
 from ncprior.training.order import RowOrder
@@ -22,6 +23,8 @@ DrawPairs = Callable[[Evidence, int, Generator], list[Pairs]]
 
 
 SEEN_IMAGES = 5000
+NOTHING_FOUND = 2 * (LOG_2 - 0.01)
+"""Held-out loss above which a classifier has found nothing, whose chance level is 2 log 2."""
 
 
 class Fitted(NamedTuple):
@@ -42,7 +45,10 @@ class RatioJob:
         table: The evidence of the training images.
         heldout: Pairs of held-out images, and which groups they are of.
         batch_size: Pairs per step for each member; with a view the same for all of them.
-        patience: Evaluations without improvement after which a group stops.
+        steps: How many there are to be at most.
+        patience: Evaluations without improvement after which a group stops; those of the first half
+            of the steps do not count for one that has found nothing yet. Next to a good base a loss
+            stays where chance has it for a thousand steps before it falls.
         seed: Seed of the order of the images.
         noise_ratio: See `nce_loss`.
         of_vae: Fingerprint of the VAE.
@@ -57,6 +63,7 @@ class RatioJob:
         heldout: Any,
         *,
         batch_size: int,
+        steps: int,
         patience: int,
         seed: int,
         noise_ratio: float = 1.0,
@@ -70,6 +77,7 @@ class RatioJob:
         self.rows_per_step = batch_size * (self.module.members if dealt else 1)
         self.order = RowOrder(torch.arange(len(table)), self.rows_per_step, seed=seed)
         self.noise_ratio, self.patience, self.of_vae = noise_ratio, patience, of_vae
+        self.half = steps / 2
         count = self.module.num_groups
         self.best_loss, self.best_step = [math.inf] * count, [0] * count
         self.since_best = [0] * count
@@ -92,7 +100,8 @@ class RatioJob:
         for k, loss in enumerate(losses):
             if self.since_best[k] >= self.patience:
                 continue  # stopped, whatever the groups that go on make of it
-            self.since_best[k] += 1
+            searching = step < self.half and self.best_loss[k] > NOTHING_FOUND
+            self.since_best[k] += not searching
             if loss < self.best_loss[k]:
                 self.best_loss[k], self.best_step[k], self.since_best[k] = loss, step, 0
                 own = self.module.weights_of(state, k)

@@ -291,6 +291,7 @@ def _fit_groups(
         table,
         held,
         batch_size=settings["batch_size"],
+        steps=settings["steps"],
         patience=patience,
         seed=seed,
         noise_ratio=settings["noise_ratio"],

@@ -210,7 +210,7 @@ def _classifier(
 
     job = RatioJob(
         new_ratios(settings, against, seed), vae, table, against,
-        batch_size=settings["batch_size"], patience=patience, seed=seed,
+        batch_size=settings["batch_size"], steps=settings["steps"], patience=patience, seed=seed,
         noise_ratio=settings["noise_ratio"], of_vae=of_vae, draw=draw,
     )  # fmt: skip
     history = optimise(
