@@ -228,6 +228,7 @@ def test_presets(preset, rng):
     options = {"preset": preset, "steps": 2, "log_z_draws": 100, "match_moments": False}
     prior = ncprior.fit_prior(linear_vae(), gaussian_images(200, rng), **options, **QUIET)
     assert prior.record["settings"]["steps"] == 2
+    assert prior.record["settings"]["warmup"] == 0  # a tenth of the steps at most
     assert prior.ratios[0].config["network"] == ("mlp" if preset == "published" else "residual")
 
 
@@ -239,6 +240,7 @@ def test_presets(preset, rng):
         ({"steps": 0}, "steps must be positive"),
         ({"batch_size": -1}, "batch_size must be positive"),
         ({"learning_rate": math.nan}, "learning_rate must be positive"),
+        ({"warmup": -1}, "warmup must be at least 0 steps"),
         ({"heldout": 0.0}, "heldout = 0.0 of 50 images"),
         ({"heldout": 0.99}, "heldout = 0.99 of 50 images"),
         ({"base": "mixture-0"}, "base must be one of .* mixture-N .*, got 'mixture-0'"),

@@ -49,6 +49,7 @@ def fit_prior(
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    warmup: int | None = None,
     weight_decay: float | None = None,
     noise_ratio: float | None = None,
     clip_norm: float | None = None,
@@ -94,6 +95,7 @@ def fit_prior(
         steps: Optimiser steps at most.
         batch_size: Posterior and prior draws per step for each member.
         learning_rate: Peak rate of AdamW; it falls along half a cosine.
+        warmup: Steps over which it rises before that.
         weight_decay: Decoupled weight decay.
         noise_ratio: How many times p counts in the training loss (`nce_loss`); what is reported is
             always Eq. 3, where it counts once.
@@ -161,6 +163,7 @@ def fit_prior(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        warmup=warmup,
         weight_decay=weight_decay,
         noise_ratio=noise_ratio,
         heldout=heldout,
@@ -303,6 +306,7 @@ def _fit_groups(
         place=place,
         steps=settings["steps"],
         learning_rate=settings["learning_rate"],
+        warmup=settings["warmup"],
         weight_decay=settings["weight_decay"],
         seed=seed,
         description="fitting the prior",

@@ -215,7 +215,7 @@ def _classifier(
     )  # fmt: skip
     history = optimise(
         job, fabric, place=place, steps=settings["steps"], learning_rate=settings["learning_rate"],
-        weight_decay=settings["weight_decay"], seed=seed, **options,
+        warmup=settings["warmup"], weight_decay=settings["weight_decay"], seed=seed, **options,
     )  # fmt: skip
     job.module.load_state_dict(job.best_weights)
     job.module.eval().requires_grad_(False)
