@@ -56,6 +56,7 @@ class Sampler(StrEnum):
 class Preset(StrEnum):
     small = "small"
     large = "large"
+    near = "near"
     stages = "stages"
     published = "published"
     groups = "groups"

@@ -223,7 +223,7 @@ def test_patience_waits_where_nothing_is_found_yet(rng):
     assert 50 <= prior.record["steps"] < 100
 
 
-@pytest.mark.parametrize("preset", ["small", "large", "published"])
+@pytest.mark.parametrize("preset", ["small", "large", "near", "published"])
 def test_presets(preset, rng):
     options = {"preset": preset, "steps": 2, "log_z_draws": 100, "match_moments": False}
     prior = ncprior.fit_prior(linear_vae(), gaussian_images(200, rng), **options, **QUIET)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ncprior.data import ImageDataset, as_dataset
 from ncprior.groups import check_groups, spell_groups
 from ncprior.metrics import base_log_ratios
+from ncprior.normal import StandardNormal
 from ncprior.numerics import log_z, stream
 from ncprior.priors import NoiseContrastivePrior
 from ncprior.ratios import RatioNetwork, ReencodedRatio, UnitRatio
@@ -87,8 +88,9 @@ def fit_prior(
             snis, ebm) the steps see a table of 50,000 draws that is made first.
         groups: Latent groups to fit, all by default; the others keep their base prior. They are
             independent: parts fitted apart are put together by `NoiseContrastivePrior.join`.
-        preset: "small" (default below 20,000 images), "large" or "published" for flat latents;
-            "groups" (default for latent maps, as in NVAE), "groups-small" or "groups-flat"; the
+        preset: "small" (default below 20,000 images), "large", "near" (default where a base is
+            given, which is taken to lie near q(z)) or "published" for flat latents; "groups"
+            (default for latent maps, as in NVAE), "groups-small" or "groups-flat"; the
             arguments that follow change it.
         network: "residual", "mlp" or "conv".
         network_options: Arguments of that network, such as width, blocks, dropout, members.
@@ -156,8 +158,10 @@ def fit_prior(
         if stages != 1:
             raise ValueError(f"reencode needs one stage, got stages = {stages!r}")
     matching = flat and (len(rows) < SMALL_DATA if match_moments is None else match_moments)
+    fitted_base = base not in (None, "gaussian") and not isinstance(base, StandardNormal)
     settings = fit_settings(
-        preset or ("stages" if stages != 1 else default_preset(len(rows), latent_maps)),
+        preset
+        or ("stages" if stages != 1 else default_preset(len(rows), latent_maps, fitted_base)),
         network_options,
         network=network,
         steps=steps,
