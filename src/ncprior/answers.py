@@ -14,9 +14,10 @@ from ncprior.ratios.nce import LOG_2
 from ncprior.samplers.sir import LARGEST, enough_proposals
 from ncprior.tail import DOUBTFUL, UNRELIABLE
 from ncprior.terminal import wrapped
+from ncprior.training.presets import PRESETS
 from ncprior.training.verdict import OVERFIT_SHARE, SEPARATED_JSD
 
-HARDLY_ANY = 0.01  # nats of JSD
+HARDLY_ANY, IDLE = 0.01, 0.003  # nats of JSD
 FAR_LOG_Z = 1.0  # nats, worth a warning
 NEAR_LOG_Z = 0.2
 ENOUGH_PROPOSALS = 10  # effective ones: any probability is off by a tenth at most
@@ -258,6 +259,7 @@ def _next(
     done = no_gap or (closed is not None and closed.value > NEARLY_ALL)
     combined = "combined" in prior.record  # which is not fitted again but combined anew
     nearer = None if findings or combined else _nearer_base(prior)
+    idle = not combined and _tells(figures) and all(g["jsd"] < IDLE for g in groups)
     separated = any(g["jsd"] > SEPARATED_JSD for g in groups)
     if separated and findings:
         said.append(
@@ -269,12 +271,10 @@ def _next(
         said.append(f"Fit in stages: ncprior fit {run} --stages adaptive --overwrite.")
     elif not done and nearer and closed is not None:
         said.append(f"A base nearer to the posterior may close more: {_fit_on(nearer, run)}.")
-    elif _idle(groups) and _tells(figures) and not combined:
-        more = 2 * int(prior.record["settings"]["steps"])
+    elif idle:
         said.append(
-            "The ratio's classifier never got going, though there is something to find: give it "
-            f"more steps, ncprior fit {run} --steps {more} --overwrite, or a larger batch_size in "
-            "the recipe's [fit]."
+            "The ratio's classifier found next to nothing, though a fresh one does: "
+            f"{_stronger_fit(prior, run)} may get it going."
         )
     elif done or combined:
         pass
@@ -284,9 +284,7 @@ def _next(
             "ratios."
         )
     elif _tells(figures):
-        said.append(
-            f"A larger ratio network (ncprior fit {run} --preset large --overwrite) may close more."
-        )
+        said.append(f"A stronger fit ({_stronger_fit(prior, run)}) may close more.")
     effective = figures.get("ess")
     if effective is not None and effective.value < ENOUGH_PROPOSALS:
         pool = effective.value / figures["ess_share"].value
@@ -310,7 +308,7 @@ def _next(
             f"likelihood says ncprior evaluate {run}."
         )
     elif not no_gap:
-        if done:
+        if done and not idle:
             said.append("There is little left to win with a prior; what remains is the decoder's.")
         said.append(f"Sample: ncprior sample {run} --out samples.npz.")
     return " ".join(said)
@@ -324,6 +322,15 @@ def _nearer_base(prior: NoiseContrastivePrior) -> str | None:
     return BEST_BASE if plain or (small and not chosen) else None
 
 
+def _stronger_fit(prior: NoiseContrastivePrior, run: str) -> str:
+    """The preset for many images if the fit had a weaker one, else twice as many steps."""
+    own = prior.base is None or isinstance(prior.base, StandardNormal)
+    preset, settings = "large" if own else "near", prior.record.get("settings", {})
+    weaker = settings.get("batch_size", 0) < PRESETS[preset]["batch_size"]
+    how = f"--preset {preset}" if weaker else f"--steps {2 * settings['steps']}"
+    return f"ncprior fit {run} {how} --overwrite"
+
+
 def _fit_on(base: str, run: str) -> str:
     return f"ncprior fit {run} --base {base} --overwrite"
 
@@ -331,11 +338,6 @@ def _fit_on(base: str, run: str) -> str:
 def _overfit(group: dict[str, Any]) -> float:
     """By what share of the held-out loss the loss on images seen is lower."""
     return float(group["loss"] - group["train_loss"]) / max(float(group["loss"]), 1e-12)
-
-
-def _idle(groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether the classifiers have found next to nothing."""
-    return all(g["jsd"] < HARDLY_ANY for g in groups)
 
 
 def _tells(figures: Figures) -> bool:

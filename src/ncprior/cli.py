@@ -162,7 +162,9 @@ def train(
 @app.command()
 def fit(
     run: RunArgument,
-    preset: Annotated[Preset | None, typer.Option(help="Size of the ratio network.")] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="Network, batches and steps of the ratio.")
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(

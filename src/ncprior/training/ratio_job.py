@@ -46,9 +46,9 @@ class RatioJob:
         heldout: Pairs of held-out images, and which groups they are of.
         batch_size: Pairs per step for each member; with a view the same for all of them.
         steps: How many there are to be at most.
-        patience: Evaluations without improvement after which a group stops; those of the first half
-            of the steps do not count for one that has found nothing yet. Next to a good base a loss
-            stays where chance has it for a thousand steps before it falls.
+        patience: Evaluations without improvement after which a group stops. A single group that has
+            found nothing yet does not count those of the first half of the steps: next to a good
+            base a loss stays where chance has it for a thousand steps before it falls.
         seed: Seed of the order of the images.
         noise_ratio: See `nce_loss`.
         of_vae: Fingerprint of the VAE.
@@ -97,10 +97,11 @@ class RatioJob:
         state = self.module.state_dict()
         if not self.best_weights:
             self.best_weights = {name: value.clone() for name, value in state.items()}
+        alone = len(losses) == 1
         for k, loss in enumerate(losses):
             if self.since_best[k] >= self.patience:
                 continue  # stopped, whatever the groups that go on make of it
-            searching = step < self.half and self.best_loss[k] > NOTHING_FOUND
+            searching = alone and step < self.half and self.best_loss[k] > NOTHING_FOUND
             self.since_best[k] += not searching
             if loss < self.best_loss[k]:
                 self.best_loss[k], self.best_step[k], self.since_best[k] = loss, step, 0

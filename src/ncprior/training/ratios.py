@@ -88,22 +88,24 @@ def fit_prior(
             snis, ebm) the steps see a table of 50,000 draws that is made first.
         groups: Latent groups to fit, all by default; the others keep their base prior. They are
             independent: parts fitted apart are put together by `NoiseContrastivePrior.join`.
-        preset: "small" (default below 20,000 images), "large", "near" (default where a base is
-            given, which is taken to lie near q(z)) or "published" for flat latents; "groups"
-            (default for latent maps, as in NVAE), "groups-small" or "groups-flat"; the
+        preset: "small" (default below 20,000 images), "large" (default above), "near" (instead of
+            that where a base is given, which is taken to lie near q(z)) or "published" for flat
+            latents; "stages" with these; "groups" (default for latent maps, as in NVAE),
+            "groups-small" or "groups-flat"; the
             arguments that follow change it.
         network: "residual", "mlp" or "conv".
         network_options: Arguments of that network, such as width, blocks, dropout, members.
         steps: Optimiser steps at most.
         batch_size: Posterior and prior draws per step for each member.
         learning_rate: Peak rate of AdamW; it falls along half a cosine.
-        warmup: Steps over which it rises before that.
+        warmup: Steps over which it rises before that; a preset's is a tenth of the steps at most.
         weight_decay: Decoupled weight decay.
         noise_ratio: How many times p counts in the training loss (`nce_loss`); what is reported is
             always Eq. 3, where it counts once.
         clip_norm: Largest gradient norm; none by default.
         heldout: Share of `rows` held out; that of the preset by default.
-        patience: Evaluations without improvement after which a group stops.
+        patience: Evaluations without improvement after which a group stops; of a single group
+            those of the first half of the steps do not count while it has found nothing.
         stages: How many classifiers, each between q(z) and the prior that those before it made, for
             a q(z) that hardly overlaps with the base; log r is the sum of theirs. "adaptive" for as
             many as it takes until held-out draws of q(z) cannot be told apart (16 at most). Sample
@@ -113,11 +115,11 @@ def fit_prior(
             covariance of q(z), unless held-out images object. By default below 20,000 images, where
             classifiers miss them. Flat latents and one stage only.
         reencode: Let the classifier also see what the VAE makes of z, decoded and encoded again. It
-            learns in fewer steps then. On "mixture-auto" it won what a classifier of z did not find
-            on two of three VAEs; on N(0, I) it has shown better likelihoods and worse samples. Each
-            proposal costs a pass of decoder and encoder; all members see the same draws. Flat
-            latents with normal posteriors and one stage only. The prior needs its VAE to be of use:
-            see `NoiseContrastivePrior.from_pretrained`.
+            learns in fewer steps then; on "mixture-auto" it won as much as a longer fit of z alone
+            on one VAE and more on another; on N(0, I) it has shown better likelihoods and worse
+            samples. Each proposal costs a pass of decoder and encoder; all members see the same
+            draws. Flat latents with normal posteriors and one stage only. The prior needs its VAE
+            to be of use: see `NoiseContrastivePrior.from_pretrained`.
         refresh_passes: Passes over the images in which the kept evidence of each is drawn anew,
             where the input is random.
         log_z_draws: Draws of the base prior from which log Z is estimated; 0 for none. By default
