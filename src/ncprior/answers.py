@@ -316,16 +316,19 @@ def _next(
 
 def _nearer_base(prior: NoiseContrastivePrior) -> str | None:
     """A mixture to fit on instead of N(0, I) or of a small one; None where that is no advice."""
-    plain = prior.base is None or isinstance(prior.base, StandardNormal)
     small = isinstance(prior.base, GaussianMixture) and len(prior.base.means) <= SIZES[0]
     chosen = prior.record.get("base") == BEST_BASE
-    return BEST_BASE if plain or (small and not chosen) else None
+    return BEST_BASE if _is_plain(prior) or (small and not chosen) else None
+
+
+def _is_plain(prior: NoiseContrastivePrior) -> bool:
+    """Whether the ratio multiplies the VAE's own prior, or N(0, I)."""
+    return prior.base is None or isinstance(prior.base, StandardNormal)
 
 
 def _stronger_fit(prior: NoiseContrastivePrior, run: str) -> str:
     """The preset for many images if the fit had a weaker one, else twice as many steps."""
-    own = prior.base is None or isinstance(prior.base, StandardNormal)
-    preset, settings = "large" if own else "near", prior.record.get("settings", {})
+    preset, settings = "large" if _is_plain(prior) else "near", prior.record.get("settings", {})
     weaker = settings.get("batch_size", 0) < PRESETS[preset]["batch_size"]
     how = f"--preset {preset}" if weaker else f"--steps {2 * settings['steps']}"
     return f"ncprior fit {run} {how} --overwrite"

@@ -7,9 +7,11 @@ import torch
 from toys import TwoGroups, gaussian_images, linear_vae, true_log_ratio
 
 import ncprior
+from ncprior.normal import StandardNormal
 from ncprior.numerics import log_mean_exp
 from ncprior.priors import PRIORS
 from ncprior.training.pairs import draw_pairs
+from ncprior.training.presets import PRESETS
 from ncprior.walk import from_posterior, walk
 
 QUIET = {"tensorboard": False, "progress": False, "device": "cpu"}
@@ -230,6 +232,23 @@ def test_presets(preset, rng):
     assert prior.record["settings"]["steps"] == 2
     assert prior.record["settings"]["warmup"] == 0  # a tenth of the steps at most
     assert prior.ratios[0].config["network"] == ("mlp" if preset == "published" else "residual")
+
+
+@pytest.mark.parametrize(
+    ("base", "preset"),
+    [
+        (None, "large"),
+        ("gaussian", "large"),
+        (StandardNormal(2), "large"),
+        (ncprior.GaussianMixture(1, 2), "near"),
+        ("mixture-1", "near"),
+    ],
+)
+def test_default_preset_of_many_images(base, preset, rng):
+    """Next to a base that was fitted there is less to find."""
+    images, options = gaussian_images(20_000, rng), {"steps": 2, "log_z_draws": 100}
+    found = ncprior.fit_prior(linear_vae(), images, base=base, **options, **QUIET).record
+    assert found["settings"]["batch_size"] == PRESETS[preset]["batch_size"]
 
 
 @pytest.mark.parametrize(

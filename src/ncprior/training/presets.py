@@ -4,6 +4,18 @@ from typing import Any
 
 from ncprior.ratios import NETWORKS
 
+# Chosen on MNIST's validation images by E_q[log r] - log Z, a lower bound of KL(q || p).
+LARGE: dict[str, Any] = dict(
+    network="residual",
+    network_options=dict(width=192, blocks=3, dropout=0.1, members=2),
+    steps=10000,
+    batch_size=512,
+    learning_rate=2e-3,
+    weight_decay=0.1,
+    noise_ratio=10.0,
+    heldout=0.04,
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Few images: the average of many small members, whose mistakes differ.
     "small": dict(
@@ -16,30 +28,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         noise_ratio=1.0,
         heldout=0.15,
     ),
-    # Chosen on MNIST's validation images by E_q[log r] - log Z, a lower bound of KL(q || p).
-    "large": dict(
-        network="residual",
-        network_options=dict(width=192, blocks=3, dropout=0.1, members=2),
-        steps=10000,
-        batch_size=512,
-        learning_rate=2e-3,
-        weight_decay=0.1,
-        noise_ratio=10.0,
-        heldout=0.04,
-    ),
+    "large": LARGE,
     # The same work in fewer steps of larger batches: next to a good base the noise of gradients
     # outweighs what there is to find, and "large" often does not get going.
-    "near": dict(
-        network="residual",
-        network_options=dict(width=192, blocks=3, dropout=0.1, members=2),
-        steps=2500,
-        batch_size=2048,
-        learning_rate=2e-3,
-        warmup=250,
-        weight_decay=0.1,
-        noise_ratio=10.0,
-        heldout=0.04,
-    ),
+    "near": LARGE | dict(steps=2500, batch_size=2048, warmup=250),
     # One of several classifiers in stages: moving its population takes longer than training it.
     "stages": dict(
         network="residual",

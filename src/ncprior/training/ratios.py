@@ -115,7 +115,7 @@ def fit_prior(
             covariance of q(z), unless held-out images object. By default below 20,000 images, where
             classifiers miss them. Flat latents and one stage only.
         reencode: Let the classifier also see what the VAE makes of z, decoded and encoded again. It
-            learns in fewer steps then; on "mixture-auto" it won as much as a longer fit of z alone
+            learns in fewer steps then; on "mixture-auto" it won less than a longer fit of z alone
             on one VAE and more on another; on N(0, I) it has shown better likelihoods and worse
             samples. Each proposal costs a pass of decoder and encoder; all members see the same
             draws. Flat latents with normal posteriors and one stage only. The prior needs its VAE
