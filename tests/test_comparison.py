@@ -5,14 +5,11 @@ import torch
 from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
-from ncprior import comparison, generation
-from ncprior.comparison import compare, load_fitted
+from ncprior import candidates, comparison, generation
+from ncprior.comparison import compare
 from ncprior.data import random_splits
 from ncprior.priors import DiffusionPrior
-from ncprior.priors.mixture import SIZES
-from ncprior.ratios import MatchedRatio, ReencodedRatio
 from ncprior.scoreboard import Comparison, Score, load_comparison, save_comparison
-from ncprior.training import combining
 
 SMALL_FIT = {
     "steps": 60,
@@ -57,71 +54,6 @@ def test_better_priors_score_better(data, splits):
     text = str(found)
     assert "mixture" in text and "2 seeds" in text
     assert found.markdown().count("\n") == 5
-
-
-def test_mixtures_of_any_size(data, splits, tmp_path):
-    names = ["mixture-1", "mixture-auto", "ncp-mixture-3"]
-    fewer = options(priors=names, seeds=1, metrics=["fd"], samples=40, directory=tmp_path)
-    compare(linear_vae(), data, splits, **fewer)
-    one, auto, on_three = (load_fitted(tmp_path, name, 0, linear_vae())[0] for name in names)
-    assert len(one.means) == 1 and len(auto.means) in SIZES
-    assert len(on_three.base.means) == 3
-
-
-def test_reencoded_ratios_on_any_base(data, splits, tmp_path):
-    names = ["gaussian", "ncp-reencoded", "ncp-reencoded-mixture-3"]
-    few = options(priors=names, seeds=1, metrics=["fd"], samples=40, directory=tmp_path)
-    vae = linear_vae()
-    once = compare(vae, data, splits, **few)
-    plain, on_three = (load_fitted(tmp_path, name, 0, vae)[0] for name in names[1:])
-    z = torch.zeros(3, 2)
-    for prior in (plain, on_three):
-        assert isinstance(prior.ratios[0], MatchedRatio | ReencodedRatio)
-        assert torch.isfinite(prior.log_ratio(0, z)).all()  # it knows its VAE
-    assert len(on_three.base.means) == 3
-    again = compare(vae, data, splits, **few, resume=True)
-    assert [s.values["fd"] for s in again.scores] == [s.values["fd"] for s in once.scores]
-    assert not comparison.is_known("ncp-reencoded-") and not comparison.is_known("reencoded")
-
-
-def test_combined_priors(data, splits, tmp_path, monkeypatch):
-    """Of priors that are compared and of one that is not; their fits count in its seconds."""
-    monkeypatch.setattr(combining, "DRAWS", 2000)
-    monkeypatch.setattr(combining, "LOG_Z_DRAWS", 2000)
-    both = "mixture-2+ncp-reencoded-mixture-3"
-    few = options(priors=["mixture-2", both], seeds=1, samples=40, directory=tmp_path)
-    vae = linear_vae()
-    once = {s.prior: s.values for s in compare(vae, data, splits, **few).scores}
-    assert once.keys() == {"mixture-2", both} and "nll" in once[both]
-    _, seconds = load_fitted(tmp_path, "ncp-reencoded-mixture-3", 0, vae)
-    known, of_both = load_fitted(tmp_path, both, 0, vae)
-    assert of_both > seconds + load_fitted(tmp_path, "mixture-2", 0, vae)[1]
-    assert [p["name"] for p in known.record["combined"]] == both.split("+")
-    assert known.record["heldout_images"] == len(splits.validation)
-    again = {s.prior: s.values for s in compare(vae, data, splits, **few, resume=True).scores}
-    assert again[both]["fd"] == once[both]["fd"] and again[both]["nll"] == once[both]["nll"]
-    assert comparison.is_known("ncp+mixture") and not comparison.is_known("ncp+energy")
-    assert not comparison.is_known("ncp+")
-
-
-def test_kept_priors_are_not_fitted_again(data, splits, tmp_path, monkeypatch):
-    once = compare(linear_vae(), data, splits, directory=tmp_path, **options(seeds=1))
-
-    def fail(*_, **__):
-        raise AssertionError("fitted again")
-
-    monkeypatch.setattr("ncprior.comparison.fit_prior", fail)
-    monkeypatch.setattr("ncprior.comparison.fit_density", fail)
-    again = compare(linear_vae(), data, splits, directory=tmp_path, resume=True, **options(seeds=1))
-    timed = ("fit_seconds", "seconds_per_1000")
-    for a, b in zip(once.scores, again.scores, strict=True):
-        for name in a.values.keys() - set(timed):
-            assert a.values[name] == pytest.approx(b.values[name], rel=1e-5), name
-        assert a.values["fit_seconds"] == b.values["fit_seconds"]
-    other = linear_vae()  # whose priors these are not
-    other.decoder.layer.bias.data += 0.01
-    with pytest.raises(AssertionError, match="fitted again"):
-        compare(other, data, splits, directory=tmp_path, resume=True, **options(seeds=1))
 
 
 def test_only_what_is_new_is_measured(data, splits, tmp_path, monkeypatch):
@@ -212,10 +144,12 @@ def test_arguments(changes, message, data, splits):
         ({"features": "incepton"}, "got 'incepton'"),
         ({"metrics": ["nll", "fid"]}, "metrics must be some of nll, fd, .*, got fid"),
         ({"metrics": ["modes"]}, "modes need a classifier"),
+        ({"fit": {"preset": "huge"}}, "preset must be one of small, .*, got 'huge'"),
+        ({"fit": {"steps": 0}}, "steps must be positive, got 0"),
     ],
 )
 def test_what_cannot_be_measured_is_not_fitted(changes, message, data, splits, monkeypatch):
-    monkeypatch.setattr(comparison, "codes_of", None)
+    monkeypatch.setattr(candidates, "fit_density", None)
     with pytest.raises(ValueError, match=message):
         compare(linear_vae(), data, splits, **options(**changes))
 
@@ -257,12 +191,12 @@ def test_a_slow_base_makes_a_slow_density():
 
 def test_slow_densities_are_left_out_unless_asked_for(data, splits, monkeypatch):
     """That of the diffusion prior is an equation to solve for each z."""
-    fit = comparison.fit_density
+    fit = candidates.fit_density
 
     def short(name, codes, **settings):
         return fit(name, codes, **settings | ({"steps": 5} if name == "diffusion" else {}))
 
-    monkeypatch.setattr(comparison, "fit_density", short)
+    monkeypatch.setattr(candidates, "fit_density", short)
     changes = options(priors=["gaussian", "diffusion"], seeds=1, metrics=["nll"], images=2)
     for asked in (False, True):
         found = compare(linear_vae(), data, splits, slow_nll=asked, **changes)

@@ -15,6 +15,7 @@ RANKS = {
     1: {"ratios", "samplers", "vaes", "metrics", "data", "priors"},
     2: {"training", "recipes", "runs", "shares", "adapters"},
     3: {"readjustment", "generation", "evaluation", "diagnosis", "sources", "comparison"}
+    | {"candidates"}
     | {"scoreboard", "quality_figures", "feature_training", "vaebm"}
     | {"nll_figures", "nll_words"}
     | {"latent_figures", "answers"}

@@ -10,37 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ncprior.candidates import Candidates, check_names
 from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.figures import Figures, as_json, from_json
 from ncprior.generation import AUTO, Pool
 from ncprior.metrics.features import FeatureSpace
 from ncprior.nll_figures import check_has_likelihood, measure_nll
 from ncprior.numerics import stream
-from ncprior.priors import PRIORS, Codes, NoiseContrastivePrior, fit_density, parse_name
-from ncprior.priors.pretrained import load_density, save_density
+from ncprior.priors import NoiseContrastivePrior
 from ncprior.quality_figures import METRICS, Spec, quality_figures, yardsticks
-from ncprior.recipes import suggestion
 from ncprior.scoreboard import COLUMNS, Comparison, Score
-from ncprior.sources import Kept, Source, reconstructions, training_images
+from ncprior.sources import Kept, Source, reconstructions
 from ncprior.storage import fingerprint, read_json, write_json
-from ncprior.training import combine, fit_prior
-from ncprior.training.bases import codes_of
 from ncprior.training.processes import check_device
-from ncprior.training.progress import progress_bar
-from ncprior.walk import device_of
 
-RATIOS: dict[str, dict[str, Any]] = {
-    "ncp": {},
-    "ncp-multistage": {"stages": "adaptive", "preset": "stages"},  # a larger one learns the pools
-    "ncp-reencoded": {"reencode": True},
-}
-"""Noise contrastive priors on the VAE's own prior by name, as arguments of `fit_prior`."""
-ON_BASE = {"ncp-reencoded-": {"reencode": True}, "ncp-": {}}
-"""What those on another base begin with, and their arguments; the name of the base follows."""
-NAMES = (*PRIORS, "mixture-N", "mixture-auto", *RATIOS, "ncp-BASE", "A+B")
-"""What `compare` takes, in words."""
-COMBINED = "+"
-"""Between the names of priors that are combined."""
 TIMED = 500
 """Draws that the time per 1000 is taken from."""
 RECONSTRUCTION = "reconstruction"
@@ -106,9 +89,12 @@ def compare(
     data, splits = as_data(data, splits, 0)
     quality = [metric for metric in metrics if metric != "nll"]
     space = yardsticks(quality, data, splits, features)[0] if quality else None
-    codes = codes_of(vae, data, splits.train, generator=stream(0, "codes"), device=device_of(vae))
+    candidates = Candidates(
+        vae, data, splits, fit=fit or {}, directory=directory, resume=resume, progress=progress
+    )
+    fits = {name: candidates.settings(name) for name in priors} | {RECONSTRUCTION: {}}
     asked = {
-        "vae": fingerprint(vae), "fit": fit or {}, "samples": samples, "proposals": proposals,
+        "vae": fingerprint(vae), "samples": samples, "proposals": proposals,
         "metrics": list(metrics), "images": images, "importance_samples": importance_samples,
         "slow_nll": slow_nll, "features": _identity(features),
     }  # fmt: skip
@@ -117,15 +103,8 @@ def compare(
     figures: Figures = {}
     pictures: dict[str, Tensor] = {}
     for seed in range(seeds):
-        fitted: dict[str, tuple[Any, float]] = {}
-        for name in [each for wanted in priors for each in (*parts_of(wanted), wanted)]:
-            if name not in fitted:
-                fitted[name] = _fitted(
-                    name, fitted, vae, data, splits, codes, seed, fit or {}, directory, resume,
-                    progress,
-                )  # fmt: skip
-        fitted = {name: fitted[name] for name in priors}
-        known = _known([*priors, RECONSTRUCTION], seed, asked, directory if resume else None)
+        fitted = candidates.fitted(priors, seed)
+        known = _known(fits, seed, asked, directory if resume else None)
         unknown = {name: prior for name, (prior, _) in fitted.items() if name not in known}
         known |= _measured(
             vae, unknown, data, splits, draws, seed, RECONSTRUCTION not in known, asked, space,
@@ -133,7 +112,7 @@ def compare(
         )  # fmt: skip
         if directory is not None:
             for name in [*unknown, RECONSTRUCTION]:
-                _keep(directory / f"{name}-{seed}", known[name], asked)
+                _keep(directory / f"{name}-{seed}", known[name], asked | {"fit": fits[name]})
         board += [
             Score(name, seed, _values(name, known, prior, seconds))
             for name, (prior, seconds) in fitted.items()
@@ -221,16 +200,16 @@ def _values(
 
 
 def _known(
-    names: Sequence[str], seed: int, asked: dict[str, Any], directory: Path | None
+    fits: dict[str, Any], seed: int, asked: dict[str, Any], directory: Path | None
 ) -> dict[str, _Measured]:
-    """What was measured of these as it is asked for now."""
+    """What was measured of these as it is asked for, and fitted as it would be now."""
     found: dict[str, _Measured] = {}
     if directory is None:
         return found
-    for name in names:
+    for name, fit in fits.items():
         file = directory / f"{name}-{seed}" / SCORES
         content = read_json(file) if file.exists() else None
-        if content is None or content["asked"] != json.loads(json.dumps(asked)):
+        if content is None or content["asked"] != json.loads(json.dumps(asked | {"fit": fit})):
             continue
         picture = content["picture"] and torch.tensor(content["picture"], dtype=torch.float32)
         found[name] = _Measured(from_json(content["figures"]), content["seconds"], picture)
@@ -266,115 +245,6 @@ def _check(
         raise ValueError(
             f"seeds must be at least 1 and samples at least 40, got {seeds} and {samples}"
         )
-
-
-def check_names(priors: Sequence[str], others: Sequence[str] = ()) -> None:
-    """Raise ValueError for priors that `compare` does not take; `others` would do as well."""
-    unknown = [name for name in priors if not is_known(name)]
-    if unknown or not priors:
-        bases = (*PRIORS, "mixture-auto")
-        near = [*filter(is_known, (*bases, *RATIOS, *(f"ncp-{base}" for base in bases))), *others]
-        raise ValueError(
-            f"priors must be some of {', '.join(dict.fromkeys((*others, *NAMES)))}, got "
-            f"{', '.join(unknown) + suggestion(unknown[0], near) if unknown else 'none'}"
-        )
-
-
-def is_known(name: str) -> bool:
-    """Whether `compare` takes a prior of that name."""
-    if parts := parts_of(name):
-        return all(is_known(part) for part in parts)
-    if name in RATIOS:
-        return True
-    try:
-        kind, _ = parse_name(_base(name)[0])
-    except ValueError:
-        return False
-    return kind != "gaussian" or name == kind
-
-
-def parts_of(name: str) -> list[str]:
-    """The priors that one is combined from; none if it is not."""
-    return name.split(COMBINED) if COMBINED in name else []
-
-
-def ratio_options(name: str) -> dict[str, Any] | None:
-    """Arguments of `fit_prior` for a noise contrastive prior; None for a prior of another kind."""
-    if name in RATIOS:
-        return RATIOS[name]
-    base, options = _base(name)
-    return None if options is None else options | {"base": base}
-
-
-def _base(name: str) -> tuple[str, dict[str, Any] | None]:
-    """The base that a name ends in, and the ratio's arguments; None for a prior without one."""
-    for start, options in ON_BASE.items():
-        if name.startswith(start):
-            return name.removeprefix(start), options
-    return name, None
-
-
-def _fitted(
-    name: str,
-    fitted: dict[str, tuple[Any, float]],
-    vae: Any,
-    data: ImageDataset,
-    splits: Splits,
-    codes: Codes,
-    seed: int,
-    fit: dict[str, Any],
-    directory: Path | None,
-    resume: bool,
-    progress: bool,
-) -> tuple[Any, float]:
-    """A prior and the seconds that its fit took, from disk if it is there and of this VAE.
-
-    One that is combined from others needs these in `fitted`; its seconds include theirs.
-    """
-    if directory is not None and resume:
-        known = load_fitted(directory, name, seed, vae, fit)
-        if known is not None:
-            return known
-    began = time.perf_counter()
-    prior: Any
-    own, parts = ratio_options(name), parts_of(name)
-    if parts:
-        prior = combine(
-            vae, [fitted[part][0] for part in parts], data, rows=splits.validation, names=parts,
-            seed=seed, progress=progress, device=(fit or {}).get("device", "auto"),
-        )  # fmt: skip
-    elif own is not None:
-        options = {"seed": seed, "progress": progress, "tensorboard": False} | fit | own
-        prior = fit_prior(vae, data, rows=splits.train, **options)
-    else:
-        with progress_bar(f"fitting {name}, seed {seed}", 1, shown=progress) as bar:
-            starts = training_images(data, splits, seed) if name == "vamp" else None
-            prior = fit_density(name, codes, vae=vae, images=starts, seed=seed)
-            bar(1)
-    seconds = time.perf_counter() - began + sum(fitted[part][1] for part in parts)
-    if directory is not None:
-        where = directory / f"{name}-{seed}"
-        if isinstance(prior, NoiseContrastivePrior):
-            prior.save_pretrained(where)
-        else:
-            save_density(prior, where)
-        write_json(where / "fit.json", {"vae": fingerprint(vae), "fit": fit, "seconds": seconds})
-    return prior, seconds
-
-
-def load_fitted(
-    directory: Path, name: str, seed: int, vae: Any, fit: dict[str, Any] | None = None
-) -> tuple[Any, float] | None:
-    """A prior that `compare` kept and the seconds of its fit; None if it is not there or not so."""
-    where = directory / f"{name}-{seed}"
-    if not (where / "fit.json").exists():
-        return None
-    known = read_json(where / "fit.json")
-    if known["vae"] != fingerprint(vae) or (fit is not None and known["fit"] != fit):
-        return None
-    if ratio_options(name) is None and not parts_of(name):
-        return load_density(where), known["seconds"]
-    return NoiseContrastivePrior.from_pretrained(where, vae=vae), known["seconds"]
 
 
 def _samples(

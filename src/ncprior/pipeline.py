@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ncprior.answers import answers
-from ncprior.comparison import PICTURED, RECONSTRUCTION, check_names, compare, load_fitted
+from ncprior.candidates import check_names, load_fitted
+from ncprior.comparison import PICTURED, RECONSTRUCTION, compare
 from ncprior.data import ImageDataset, Splits, load_data
 from ncprior.diagnosis import Diagnosis, diagnose
 from ncprior.evaluation import Scores, evaluate

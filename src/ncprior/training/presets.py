@@ -88,6 +88,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         heldout=0.06,
     ),
 }
+SETTINGS = ({"warmup"} | PRESETS["large"].keys()) - {"network_options"}
+"""What a preset decides, beside the options of its network."""
 SMALL_DATA = 20_000  # images below which "small" is the default
 
 

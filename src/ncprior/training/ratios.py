@@ -23,7 +23,7 @@ from ncprior.training.heldout import HeldOut
 from ncprior.training.keeping import Place
 from ncprior.training.loop import optimise
 from ncprior.training.moments import match_moments as match
-from ncprior.training.presets import SMALL_DATA, default_preset, fit_settings
+from ncprior.training.presets import SETTINGS, SMALL_DATA, default_preset, fit_settings
 from ncprior.training.processes import make_fabric
 from ncprior.training.ratio_job import Fitted, RatioJob, log_ratios, new_ratios, seen_pairs
 from ncprior.training.stages import check_stages, fit_stages
@@ -160,12 +160,14 @@ def fit_prior(
         if stages != 1:
             raise ValueError(f"reencode needs one stage, got stages = {stages!r}")
     matching = flat and (len(rows) < SMALL_DATA if match_moments is None else match_moments)
-    fitted_base = base not in (None, "gaussian") and not isinstance(base, StandardNormal)
-    settings = fit_settings(
-        preset
-        or ("stages" if stages != 1 else default_preset(len(rows), latent_maps, fitted_base)),
-        network_options,
+    settings = settings_of(
+        vae,
+        len(rows),
+        base=base,
+        stages=stages,
+        preset=preset,
         network=network,
+        network_options=network_options,
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -265,6 +267,23 @@ def fit_prior(
             of_base = stream(seed, "log z", device=device_)
             prior.log_z = log_z(base_log_ratios(vae, prior, draws, generator=of_base))
         return prior
+
+
+def settings_of(vae: Any, images: int, **options: Any) -> dict[str, Any]:
+    """What `fit_prior` with these of its arguments takes from a preset, changed by what is given.
+
+    Args:
+        vae: The VAE.
+        images: How many images it is fitted on; with `vae` and `base` it decides the preset.
+        options: Arguments of `fit_prior`; those that no preset has are passed over.
+    """
+    base, stages = options.get("base"), options.get("stages", 1)
+    near = base not in (None, "gaussian") and not isinstance(base, StandardNormal)
+    preset = options.get("preset") or (
+        "stages" if stages != 1 else default_preset(images, _has_latent_maps(vae), near)
+    )
+    given = {name: options.get(name) for name in SETTINGS}
+    return fit_settings(preset, options.get("network_options"), **given)
 
 
 def _log_z_draws(vae: Any) -> int:
