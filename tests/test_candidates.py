@@ -1,7 +1,11 @@
 """Priors by name: fitted, kept and taken up again."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from compared import SMALL_FIT, options
 from toys import gaussian_images, linear_vae
 
 import ncprior
@@ -14,13 +18,6 @@ from ncprior.ratios import MatchedRatio, ReencodedRatio
 from ncprior.training import combining
 from ncprior.training.presets import PRESETS
 
-SMALL_FIT = {
-    "steps": 60,
-    "evaluate_every": 30,
-    "network_options": {"width": 8, "blocks": 1, "members": 1},
-    "log_z_draws": 500,
-}
-
 
 @pytest.fixture
 def data(rng):
@@ -30,18 +27,6 @@ def data(rng):
 @pytest.fixture
 def splits():
     return random_splits(500, 50, 120, seed=0)
-
-
-def options(**changes):
-    return {
-        "priors": ["gaussian", "mixture", "ncp"],
-        "seeds": 2,
-        "samples": 200,
-        "proposals": 50,
-        "images": 20,
-        "importance_samples": 5,
-        "fit": SMALL_FIT,
-    } | changes
 
 
 def test_mixtures_of_any_size(data, splits, tmp_path):
@@ -151,5 +136,49 @@ def test_settings_by_name(data, splits):
     assert own["base"] == "mixture-2"
     assert {name: own[name] for name in fitted.record["settings"]} == fitted.record["settings"]
     assert known.settings("ncp-multistage")["batch_size"] == PRESETS["stages"]["batch_size"]
-    assert known.settings("flow") == {}
-    assert known.settings("flow+ncp-mixture-2") == {"flow": {}, "ncp-mixture-2": own}
+    assert known.settings("mixture-3")["components"] == 3 and "report" not in own
+    assert known.settings("flow")["transforms"] == 6
+    assert known.settings("flow+ncp") == {name: known.settings(name) for name in ("flow", "ncp")}
+
+
+def test_settings_that_say_the_same(data, splits):
+    """What is spelt out and what is left to the default, or changes no fit, are one."""
+    rest = {"directory": None, "resume": False, "progress": False}
+    same = [{}, {"preset": "small"}, {"patience": 10}, {"tensorboard": False}, {"heldout": None}]
+    found = [
+        Candidates(linear_vae(), data, splits, fit=fit, **rest).settings("ncp")
+        for fit in (*same, {"patience": 11})
+    ]
+    assert all(settings == found[0] for settings in found[:-1]) and found[-1] != found[0]
+
+
+def test_settings_of_any_kind(data, splits):
+    """A base that is no name, and numbers of numpy; fitted with both as they are."""
+    fit = SMALL_FIT | {"base": ncprior.GaussianMixture(2, 2), "steps": np.int64(30)}
+    found = compare(linear_vae(), data, splits, **options(seeds=1, priors=["ncp"], fit=fit))
+    assert math.isfinite(found.scores[0].values["fd"])
+
+
+def test_other_images_are_fitted_anew(data, splits, tmp_path, fits):
+    asked = options(seeds=1, metrics=["fd"], samples=40, directory=tmp_path, resume=True)
+    compare(linear_vae(), data, splits, **asked)
+    once = (tmp_path / "mixture-0" / "scores.json").read_text()
+    fits.clear()
+    compare(linear_vae(), data, random_splits(500, 50, 120, seed=1), **asked)
+    assert fits == ["gaussian", "mixture", "ncp"]
+    assert (tmp_path / "mixture-0" / "scores.json").read_text() != once
+
+
+def test_scores_go_with_the_prior_that_they_are_of(data, splits, tmp_path, monkeypatch):
+    """A fit in the place of another, stopped before it is measured."""
+    asked = options(seeds=1, metrics=["fd"], samples=40, directory=tmp_path)
+    compare(linear_vae(), data, splits, **asked)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr("ncprior.comparison.quality_figures", stop)
+        compare(linear_vae(), data, splits, **asked)
+    assert (tmp_path / "mixture-0" / "fit.json").exists()
+    assert not (tmp_path / "mixture-0" / "scores.json").exists()

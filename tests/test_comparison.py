@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from compared import SMALL_FIT, options
 from toys import TwoGroups, gaussian_images, linear_vae
 
 import ncprior
@@ -10,13 +11,6 @@ from ncprior.comparison import compare
 from ncprior.data import random_splits
 from ncprior.priors import DiffusionPrior
 from ncprior.scoreboard import Comparison, Score, load_comparison, save_comparison
-
-SMALL_FIT = {
-    "steps": 60,
-    "evaluate_every": 30,
-    "network_options": {"width": 8, "blocks": 1, "members": 1},
-    "log_z_draws": 500,
-}
 
 
 @pytest.fixture
@@ -27,18 +21,6 @@ def data(rng):
 @pytest.fixture
 def splits():
     return random_splits(500, 50, 120, seed=0)
-
-
-def options(**changes):
-    return {
-        "priors": ["gaussian", "mixture", "ncp"],
-        "seeds": 2,
-        "samples": 200,
-        "proposals": 50,
-        "images": 20,
-        "importance_samples": 5,
-        "fit": SMALL_FIT,
-    } | changes
 
 
 def test_better_priors_score_better(data, splits):

@@ -1,11 +1,15 @@
 """The priors that `compare` takes by name: what names say, how each is fitted and kept."""
 
+import hashlib
+import inspect
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ncprior.data import ImageDataset, Splits
 from ncprior.numerics import stream
@@ -31,6 +35,10 @@ NAMES = (*PRIORS, "mixture-N", "mixture-auto", *RATIOS, "ncp-BASE", "A+B")
 """What `compare` takes, in words."""
 COMBINED = "+"
 """Between the names of priors that are combined."""
+FIT, SCORES = "fit.json", "scores.json"
+"""Beside each prior that is kept: what it was fitted by, and how it was measured."""
+NEUTRAL = {"preset", "progress", "tensorboard", "checkpoint_every", "directory", "resume", "report"}
+"""Arguments of fits that change nothing of what is fitted; a preset counts by what it says."""
 
 
 class Candidates:
@@ -59,25 +67,38 @@ class Candidates:
     ) -> None:
         self.vae, self.data, self.splits, self.fit = vae, data, splits, fit
         self.directory, self.resume, self.progress = directory, resume, progress
+        self.device = device_of(vae)
 
     @cached_property
     def codes(self) -> Codes:
         """What the encoder says of the training images."""
         return codes_of(
             self.vae, self.data, self.splits.train,
-            generator=stream(0, "codes"), device=device_of(self.vae),
+            generator=stream(0, "codes"), device=self.device,
         )  # fmt: skip
 
+    @cached_property
+    def images(self) -> str:
+        """What tells other data, or other splits of them, apart."""
+        found = hashlib.sha256(self.data.digest().encode())
+        for rows in self.splits:
+            found.update(rows.numpy().tobytes())
+        return found.hexdigest()
+
     def settings(self, name: str) -> dict[str, Any]:
-        """What a fit depends on beside VAE, images and seed; a preset's defaults are spelt out."""
+        """What a fit depends on beside VAE, images and seed, with all defaults spelt out."""
         parts, own = parts_of(name), ratio_options(name)
         if parts:
             return {part: self.settings(part) for part in parts}
         if own is None:
-            return {}
-        options = self.fit | own
-        settled = options | settings_of(self.vae, len(self.splits.train), **options)
-        found: dict[str, Any] = json.loads(json.dumps(settled))  # as it is read again
+            kind, given = parse_name(name)
+            settled = _defaults(PRIORS[kind].fit) | given
+        else:
+            given = {key: value for key, value in (self.fit | own).items() if value is not None}
+            resolved = settings_of(self.vae, len(self.splits.train), **given)
+            settled = _defaults(fit_prior) | given | resolved
+        settled = {key: value for key, value in settled.items() if key not in NEUTRAL}
+        found: dict[str, Any] = json.loads(json.dumps(settled, default=_plain))
         return found
 
     def fitted(self, names: Sequence[str], seed: int) -> dict[str, tuple[Any, float]]:
@@ -88,10 +109,15 @@ class Candidates:
                 found[name] = self._kept(name, seed) or self._fit(name, seed, found)
         return {name: found[name] for name in names}
 
+    def _wanted(self, name: str) -> dict[str, Any]:
+        """What is kept beside a prior and must be the same for it to be taken up."""
+        return {"vae": fingerprint(self.vae), "images": self.images, "fit": self.settings(name)}
+
     def _kept(self, name: str, seed: int) -> tuple[Any, float] | None:
         if self.directory is None or not self.resume:
             return None
-        return load_fitted(self.directory, name, seed, self.vae, self.settings(name))
+        found = load_fitted(self.directory, name, seed, self.vae, self._wanted(name))
+        return found and (found[0].to(self.device), found[1])
 
     def _fit(self, name: str, seed: int, found: dict[str, tuple[Any, float]]) -> tuple[Any, float]:
         began = time.perf_counter()
@@ -114,13 +140,28 @@ class Candidates:
         seconds = time.perf_counter() - began + sum(found[part][1] for part in parts)
         if self.directory is not None:
             where = self.directory / f"{name}-{seed}"
+            for stale in (FIT, SCORES):  # they are of the prior that was here before
+                (where / stale).unlink(missing_ok=True)
             if isinstance(prior, NoiseContrastivePrior):
                 prior.save_pretrained(where)
             else:
                 save_density(prior, where)
-            known = {"vae": fingerprint(vae), "fit": self.settings(name), "seconds": seconds}
-            write_json(where / "fit.json", known)
-        return prior, seconds
+            write_json(where / FIT, self._wanted(name) | {"seconds": seconds})
+        vae.to(self.device)  # where a fit on another device has left it
+        return prior.to(self.device), seconds
+
+
+def _defaults(fit: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a function that need not be given, and what they are then."""
+    arguments = inspect.signature(fit).parameters.items()
+    return {name: of.default for name, of in arguments if of.default is not of.empty}
+
+
+def _plain(value: Any) -> Any:
+    """What stands for a value that JSON lacks."""
+    if isinstance(value, nn.Module):
+        return fingerprint(value)
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def check_names(priors: Sequence[str], others: Sequence[str] = ()) -> None:
@@ -170,14 +211,18 @@ def _base(name: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def load_fitted(
-    directory: Path, name: str, seed: int, vae: Any, fit: dict[str, Any] | None = None
+    directory: Path, name: str, seed: int, vae: Any, wanted: dict[str, Any] | None = None
 ) -> tuple[Any, float] | None:
-    """A prior that `compare` kept and the seconds of its fit; None if it is not there or not so."""
+    """A prior that was kept and the seconds of its fit; None if it is not there.
+
+    Nor if it is of another VAE, or if what is kept beside it differs from what is `wanted`.
+    """
     where = directory / f"{name}-{seed}"
-    if not (where / "fit.json").exists():
+    if not (where / FIT).exists():
         return None
-    known = read_json(where / "fit.json")
-    if known["vae"] != fingerprint(vae) or (fit is not None and known["fit"] != fit):
+    known = read_json(where / FIT)
+    wanted = {"vae": fingerprint(vae)} if wanted is None else wanted
+    if any(known.get(key) != value for key, value in wanted.items()):
         return None
     if ratio_options(name) is None and not parts_of(name):
         return load_density(where), known["seconds"]

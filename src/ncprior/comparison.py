@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ncprior.candidates import Candidates, check_names
+from ncprior.candidates import SCORES, Candidates, check_names
 from ncprior.data import ImageDataset, Splits, as_data
 from ncprior.figures import Figures, as_json, from_json
 from ncprior.generation import AUTO, Pool
@@ -27,7 +27,6 @@ from ncprior.training.processes import check_device
 TIMED = 500
 """Draws that the time per 1000 is taken from."""
 RECONSTRUCTION = "reconstruction"
-SCORES = "scores.json"
 PICTURED = 10
 """Images of each prior in the picture."""
 
@@ -72,9 +71,9 @@ def compare(
         features: Feature space of the sample measures; see `load_features`.
         fit: Arguments of `fit_prior` for all noise contrastive priors.
         directory: Where fitted priors and scores are kept; nowhere by default.
-        resume: Take up what is there: priors that are fitted, draws that are made, and the figures
-            of priors that were measured in the same way, so that another prior or seed costs
-            itself alone.
+        resume: Take up what is there: priors that would be fitted in the same way now, to the same
+            images, draws that are made, and the figures of priors that would be measured in the
+            same way, so that another prior or seed costs itself alone.
         progress: Show progress bars.
 
     Raises:
@@ -94,9 +93,10 @@ def compare(
     )
     fits = {name: candidates.settings(name) for name in priors} | {RECONSTRUCTION: {}}
     asked = {
-        "vae": fingerprint(vae), "samples": samples, "proposals": proposals,
-        "metrics": list(metrics), "images": images, "importance_samples": importance_samples,
-        "slow_nll": slow_nll, "features": _identity(features),
+        "vae": fingerprint(vae), "data": candidates.images, "samples": samples,
+        "proposals": proposals, "metrics": list(metrics), "images": images,
+        "importance_samples": importance_samples, "slow_nll": slow_nll,
+        "features": _identity(features),
     }  # fmt: skip
     draws = Kept(None if directory is None else directory / "kept", resume=resume)
     board: list[Score] = []

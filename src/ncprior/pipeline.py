@@ -380,6 +380,7 @@ def compare_run(run: Run, *, progress: bool = True, **options: Any) -> Compariso
     vae = run.load_vae()
     data, splits = run.load_data()
     fit = {k: v for k, v in run.section("fit").items() if k not in ("base", "groups", "seed")}
+    check_recipe({"fit": fit}, "fit")
     where = run.path / "compare"
     found = compare(
         vae, data, splits, fit=fit, directory=where / "priors", progress=progress, **options

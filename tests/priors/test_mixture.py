@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture as Fit
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from ncprior import GaussianMixture
 from ncprior.priors import Codes
@@ -81,6 +82,50 @@ def test_samples_visit_components_by_weight(mixture, rng):
     assert ((shares - weights).abs() < 4 * (weights * (1 - weights) / n).sqrt()).all()
 
 
+@pytest.mark.parametrize("num", [1, 511, 1100])
+def test_density_of_many_numbers(num, rng, monkeypatch):
+    """Block by block, in single precision, and its gradient, against torch's own mixture."""
+    monkeypatch.setattr("ncprior.priors.expectation.NUMBERS_AT_ONCE", 1)
+    components, size = 7, 5
+    cholesky = torch.eye(size) + 0.3 * torch.randn(components, size, size, generator=rng).tril()
+    mixture = GaussianMixture(components, size)
+    weights = torch.randn(components, generator=rng).log_softmax(0)
+    mixture.set(weights, 2 * torch.randn(components, size, generator=rng), cholesky)
+    parts = MultivariateNormal(mixture.means, scale_tril=cholesky)
+    known = MixtureSameFamily(Categorical(logits=weights), parts)
+    z = (2 * torch.randn(num, size, generator=rng)).requires_grad_()
+    found, expected = mixture.log_prob(z), known.log_prob(z)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    slopes = [torch.autograd.grad(each.sum(), z)[0] for each in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
+    at_mean = mixture.means.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(mixture.log_prob(at_mean).sum(), at_mean)
+    assert torch.isfinite(slope).all()
+
+
+def test_blocks_change_no_fit(rng, monkeypatch):
+    codes = Codes(torch.randn(1300, 3, generator=rng).abs(), torch.full((1300, 3), 0.2))
+    start = clusters(codes, 6, seed=0)
+    whole, *of_whole = expectation_maximisation(codes, start, max_iter=7, tol=0)
+    monkeypatch.setattr("ncprior.priors.expectation.NUMBERS_AT_ONCE", 1)
+    blocks, *of_blocks = expectation_maximisation(codes, start, max_iter=7, tol=0)
+    assert of_blocks == pytest.approx(of_whole, abs=1e-5)
+    for found, expected in zip(blocks, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_iterations_with_few_components_end_where_all_do(scale, rng, monkeypatch):
+    loc = torch.randn(600, 4, generator=rng) * torch.randint(1, 4, (600, 1), generator=rng)
+    codes = Codes(loc, torch.full_like(loc, scale))
+    start = clusters(codes, 8, seed=0)
+    _, iterations, bound = expectation_maximisation(codes, start, max_iter=2000, tol=1e-6)
+    assert iterations > 10
+    monkeypatch.setattr("ncprior.priors.expectation.ALL_EVERY", 1)
+    _, _, of_all = expectation_maximisation(codes, start, max_iter=2000, tol=1e-6)
+    assert bound == pytest.approx(of_all, abs=1e-3)
+
+
 def test_temperature_one_is_itself(mixture):
     assert mixture.tempered(1.0) is mixture
     assert mixture.sample((), generator=torch.Generator()).shape == (2,)
@@ -88,8 +133,8 @@ def test_temperature_one_is_itself(mixture):
 
 def test_fit_is_that_of_scikit_learn(mixture, rng):
     codes = mixture.sample((600,), generator=rng)
-    expected = Fit(3, max_iter=2000, random_state=0).fit(codes.numpy())
-    found = GaussianMixture.fit(codes, 3).double()
+    expected = Fit(3, max_iter=2000, tol=1e-9, random_state=0).fit(codes.numpy())
+    found = GaussianMixture.fit(codes, 3, tol=1e-9).double()
     # Parameters are kept in single precision.
     torch.testing.assert_close(
         found.log_prob(codes), torch.from_numpy(expected.score_samples(codes)), rtol=0, atol=1e-3

@@ -7,10 +7,16 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from ncprior.normal import LOG_2_PI
 from ncprior.numerics import stream
 from ncprior.priors.codes import Codes
-from ncprior.priors.expectation import NUMBERS_AT_ONCE, Parts, clusters, expectation_maximisation
+from ncprior.priors.expectation import (
+    Parts,
+    clusters,
+    expectation_maximisation,
+    inverse,
+    log_densities,
+    rows_of,
+)
 from ncprior.priors.fitting import Report, ignore
 
 AUTO = "auto"
@@ -133,28 +139,17 @@ class GaussianMixture(nn.Module):
 
     def set(self, log_weights: Tensor, means: Tensor, cholesky: Tensor) -> None:
         """Put in weights (m,), means (m, d) and Cholesky factors (m, d, d)."""
-        eye = torch.eye(means.shape[1], dtype=cholesky.dtype, device=cholesky.device)
         self.log_weights.copy_(log_weights)
         self.means.copy_(means)
         self.cholesky.copy_(cholesky)
-        self.precision.copy_(torch.linalg.solve_triangular(cholesky, eye, upper=False))
+        self.precision.copy_(inverse(cholesky))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Normalised log-density in nats of z (..., d), shape (...)."""
         flat = value.reshape(-1, value.shape[-1])
-        rows = max(1, NUMBERS_AT_ONCE // self.means.numel())
-        parts = [self._log_prob(part) for part in flat.split(rows)]
-        return torch.cat(parts).view(value.shape[:-1])
-
-    def _log_prob(self, z: Tensor) -> Tensor:
-        offset = torch.einsum("mij,mj->mi", self.precision, self.means)[:, None]
-        standard = torch.baddbmm(  # (m, n, d)
-            offset, z.expand(len(self.means), -1, -1), self.precision.mT, beta=-1
-        )
-        log_det = self.cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
-        constant = self.log_weights - log_det - 0.5 * z.shape[-1] * LOG_2_PI
-        per_component = constant[:, None] - 0.5 * standard.square().sum(-1)  # (m, n)
-        return per_component.logsumexp(0)
+        parts = flat.split(rows_of(len(self.means)))
+        each = [log_densities(part, self.parts, self.precision).logsumexp(1) for part in parts]
+        return torch.cat(each).view(value.shape[:-1])
 
     @torch.no_grad()
     def sample(
