@@ -120,7 +120,8 @@ def compare(
         found = {key: figure for of in known.values() for key, figure in of.figures.items()}
         figures |= {f"{name}_seed{seed}": figure for name, figure in found.items()}
         if not pictures:
-            pictures = {name: of.picture for name, of in known.items() if of.picture is not None}
+            shown = {name: known[name].picture for name in fits}
+            pictures = {name: images for name, images in shown.items() if images is not None}
     draws.clear()
     return Comparison(board, figures, pictures)
 
