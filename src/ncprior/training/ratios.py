@@ -160,8 +160,8 @@ def fit_prior(
         if stages != 1:
             raise ValueError(f"reencode needs one stage, got stages = {stages!r}")
     matching = flat and (len(rows) < SMALL_DATA if match_moments is None else match_moments)
-    settings = settings_of(
-        vae,
+    settings = _settings(
+        latent_maps,
         len(rows),
         base=base,
         stages=stages,
@@ -277,10 +277,14 @@ def settings_of(vae: Any, images: int, **options: Any) -> dict[str, Any]:
         images: How many images it is fitted on; with `vae` and `base` it decides the preset.
         options: Arguments of `fit_prior`; those that no preset has are passed over.
     """
+    return _settings(_has_latent_maps(vae), images, **options)
+
+
+def _settings(latent_maps: bool, images: int, **options: Any) -> dict[str, Any]:
     base, stages = options.get("base"), options.get("stages", 1)
     near = base not in (None, "gaussian") and not isinstance(base, StandardNormal)
     preset = options.get("preset") or (
-        "stages" if stages != 1 else default_preset(images, _has_latent_maps(vae), near)
+        "stages" if stages != 1 else default_preset(images, latent_maps, near)
     )
     given = {name: options.get(name) for name in SETTINGS}
     return fit_settings(preset, options.get("network_options"), **given)
