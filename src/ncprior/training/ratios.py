@@ -91,8 +91,7 @@ def fit_prior(
         preset: "small" (default below 20,000 images), "large" (default above), "near" (instead of
             that where a base is given, which is taken to lie near q(z)) or "published" for flat
             latents; "stages" with these; "groups" (default for latent maps, as in NVAE),
-            "groups-small" or "groups-flat"; the
-            arguments that follow change it.
+            "groups-small" or "groups-flat". The arguments that follow change it.
         network: "residual", "mlp" or "conv".
         network_options: Arguments of that network, such as width, blocks, dropout, members.
         steps: Optimiser steps at most.
